@@ -1,0 +1,1 @@
+"""What a checkpoint is as a model: layer stacks, config.json, ties, vocabularies, side files."""

@@ -1,0 +1,1 @@
+"""Values without torch and without disk."""

@@ -1,0 +1,34 @@
+"""Names: the nearest valid one, and shell-style patterns over tensor names."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from difflib import get_close_matches
+from fnmatch import translate
+from functools import lru_cache
+
+
+def nearest(name: str, valid: Iterable[str]) -> str:
+    """Return a hint such as `did you mean 'weight'?`, or the list of valid names."""
+    names = sorted(valid)
+    close = get_close_matches(name, names, n=1, cutoff=0.6)
+    if close:
+        return f"did you mean {close[0]!r}?"
+    return "valid: " + ", ".join(names) if names else ""
+
+
+@lru_cache(maxsize=4096)
+def _pattern(glob: str) -> re.Pattern[str]:
+    return re.compile(translate(glob))
+
+
+def glob_matches(glob: str, name: str) -> bool:
+    """Return whether a case-sensitive glob matches the whole name; `*` also crosses dots."""
+    return _pattern(glob).match(name) is not None
+
+
+def natural_key(name: str) -> tuple[tuple[int, int, str], ...]:
+    """Return a sort key under which `layers.2` comes before `layers.10`."""
+    parts = re.split(r"(\d+)", name)
+    return tuple((0, int(p), "") if p.isdigit() else (1, 0, p) for p in parts)

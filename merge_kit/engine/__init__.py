@@ -1,0 +1,1 @@
+"""Runs a plan: a pool of workers over its steps, a journal, progress events. Prints nothing."""

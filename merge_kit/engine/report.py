@@ -1,0 +1,29 @@
+"""What a run did."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What a run did.
+
+    Attributes:
+        seconds: Wall time of merging, without start-up.
+        peak_bytes: Largest resident memory of the process so far.
+        hashes: Tensor key -> xxh3-128 (hex) over the digests of its chunks of BLOCK elements.
+        nonfinite: Tensor key -> NaN and infinities written, only with `allow_nonfinite`.
+        saturated: Tensor key -> finite values that became infinite in the output dtype, likewise.
+        resumed: Steps that an earlier run had finished.
+    """
+
+    seconds: float
+    bytes_read: int
+    bytes_written: int
+    peak_bytes: int
+    hashes: Mapping[str, str]
+    nonfinite: Mapping[str, int]
+    saturated: Mapping[str, int]
+    resumed: int

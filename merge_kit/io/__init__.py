@@ -1,0 +1,1 @@
+"""Bytes of checkpoints: headers, folders, reading, writing."""

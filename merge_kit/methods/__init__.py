@@ -1,0 +1,1 @@
+"""The maths: base, registry, reductions, noise, and one file per method."""

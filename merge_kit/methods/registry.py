@@ -1,0 +1,111 @@
+"""Methods by name: those of the package, of installed plugins, and of the running script."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+import sys
+from collections.abc import Callable
+from dataclasses import MISSING, dataclass, fields
+from functools import cache
+from importlib.metadata import entry_points
+from typing import Any, TypeVar, get_type_hints
+
+from merge_kit.core.names import nearest
+from merge_kit.errors import PlanError
+from merge_kit.methods.base import MergeMethod, PerModel
+
+_METHODS: dict[str, type[MergeMethod]] = {}
+M = TypeVar("M", bound=type[MergeMethod])
+GROUP = "merge_kit.methods"
+
+
+def register(name: str) -> Callable[[M], M]:
+    """Return a decorator that makes a method known under this name."""
+
+    def enter(method: M) -> M:
+        _METHODS[name] = method
+        method.method_name = name
+        return method
+
+    return enter
+
+
+@cache
+def _load_all() -> None:
+    import merge_kit.methods as package  # noqa: PLC0415  (a package cannot import itself on top)
+
+    for module in pkgutil.iter_modules(package.__path__):
+        importlib.import_module(f"{package.__name__}.{module.name}")
+    for point in entry_points(group=GROUP):
+        found = point.load()
+        if inspect.isclass(found):
+            register(point.name)(found)
+
+
+def names() -> tuple[str, ...]:
+    """Return the names of all methods, sorted."""
+    _load_all()
+    return tuple(sorted(_METHODS))
+
+
+def find(name: str) -> type[MergeMethod]:
+    """Return the method of this name.
+
+    Raises:
+        PlanError: If there is none; the hint names the nearest.
+    """
+    _load_all()
+    if name not in _METHODS:
+        raise PlanError(f"unknown merge method {name!r}", hint=nearest(name, _METHODS))
+    return _METHODS[name]
+
+
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    """One parameter of a method as recipes see it.
+
+    Attributes:
+        name: The recipe's key.
+        field: The dataclass field, different where Python reserves the key.
+        kind: float, int, bool or str.
+        per_model: Whether each model may set its own.
+        required: Whether there is no default.
+        default: The default; None where it is required, or where None means "not given".
+        optional: Whether None (not given) is a value of its own.
+    """
+
+    name: str
+    field: str
+    kind: type
+    per_model: bool
+    required: bool
+    default: Any
+    optional: bool
+
+
+@cache
+def parameters(method: type[MergeMethod]) -> tuple[Parameter, ...]:
+    """Return what a method can be told, in the order of its fields."""
+    hints = get_type_hints(method, vars(sys.modules[method.__module__]))
+    rows = []
+    for entry in fields(method):
+        hint, default = hints[entry.name], entry.default
+        per_model = getattr(hint, "__origin__", None) is PerModel
+        if per_model:
+            hint, default = hint.__args__[0], entry.metadata.get("default", MISSING)
+        kinds = [k for k in getattr(hint, "__args__", (hint,)) if k is not type(None)]
+        kind = kinds[0] if isinstance(kinds[0], type) else str
+        optional = type(None) in getattr(hint, "__args__", ())
+        required = default is MISSING
+        name = entry.name.rstrip("_")
+        shown = None if required else default
+        rows.append(Parameter(name, entry.name, kind, per_model, required, shown, optional))
+    return tuple(rows)
+
+
+@cache
+def every_parameter() -> frozenset[str]:
+    """Return the parameter names that at least one method knows."""
+    return frozenset(p.name for name in names() for p in parameters(find(name)))

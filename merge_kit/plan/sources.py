@@ -1,0 +1,162 @@
+"""Where any element range of an operand comes from.
+
+A new kind of surgery is a new source here and its reader in `engine/operands.py`. Every source
+has `dtype` (of what it yields before conversion) and `shape`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+from typing import TYPE_CHECKING, Literal
+
+from merge_kit.core.dtypes import promoted
+from merge_kit.core.tensors import ByteSpan
+
+if TYPE_CHECKING:
+    from merge_kit.plan.values import Step
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """Bytes of a file."""
+
+    span: ByteSpan
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class LowRank:
+    """weight + scale * b @ a, with a (rank, columns) and b (rows, rank); weight None is zero."""
+
+    weight: Source | None
+    a: Source
+    b: Source
+    scale: float
+    shape: tuple[int, ...]
+
+    @property
+    def dtype(self) -> str:
+        return self.weight.dtype if self.weight is not None else "F32"
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Rows of a matrix (or elements of a vector) in another order; -1 is a row of zeros."""
+
+    source: Source
+    rows: tuple[int, ...]
+
+    @property
+    def dtype(self) -> str:
+        return self.source.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (len(self.rows), *self.source.shape[1:])
+
+
+@dataclass(frozen=True, slots=True)
+class Concat:
+    """Sources of equal trailing shape, one after the other along the first axis."""
+
+    sources: tuple[Source, ...]
+
+    @property
+    def dtype(self) -> str:
+        return promoted([source.dtype for source in self.sources])
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        first = self.sources[0].shape
+        return (sum(source.shape[0] for source in self.sources), *first[1:])
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """A run of elements of a flattened source, from `start`, in another shape."""
+
+    source: Source
+    start: int
+    shape: tuple[int, ...]
+
+    @property
+    def dtype(self) -> str:
+        return self.source.dtype
+
+
+@dataclass(frozen=True, slots=True)
+class Permuted:
+    """A matrix with its rows and columns in another order; None leaves an axis alone."""
+
+    source: Source
+    rows: tuple[int, ...] | None
+    columns: tuple[int, ...] | None
+
+    @property
+    def dtype(self) -> str:
+        return self.source.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.source.shape
+
+
+@dataclass(frozen=True, slots=True)
+class Projected:
+    """left @ matrix @ right, either factor None for the identity."""
+
+    source: Source
+    left: Source | None
+    right: Source | None
+
+    @property
+    def dtype(self) -> str:
+        return "F32"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        rows, columns = self.source.shape
+        rows = rows if self.left is None else self.left.shape[0]
+        return (rows, columns if self.right is None else self.right.shape[1])
+
+
+@dataclass(frozen=True, slots=True)
+class Generated:
+    """Zeros, or normal random numbers of standard deviation `scale` keyed by `key` and seed."""
+
+    kind: Literal["zeros", "normal"]
+    shape: tuple[int, ...]
+    key: str = ""
+    seed: int = 0
+    scale: float = 1.0
+
+    @property
+    def dtype(self) -> str:
+        return "F32"
+
+
+@dataclass(frozen=True, slots=True)
+class Merged:
+    """What a step of another stage yields: recomputed slab by slab, or spilled to scratch.
+
+    Attributes:
+        dtype: What the stage's result is rounded to ("BF16" if the stage names it), else F32.
+        spill: Byte offset in the scratch file, or None if it is recomputed.
+    """
+
+    step: Step
+    dtype: str
+    shape: tuple[int, ...]
+    spill: int | None = None
+
+
+Source = (
+    Stored | LowRank | Rows | Concat | View | Permuted | Projected | Generated | Merged
+)
+
+
+def elements(source: Source) -> int:
+    """Return the number of elements that a source yields."""
+    return prod(source.shape)

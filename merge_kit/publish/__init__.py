@@ -1,0 +1,1 @@
+"""Manifest, model card, the atomic appearance of the output, verification."""
