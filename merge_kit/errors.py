@@ -5,6 +5,7 @@
     │   └── OutputExistsError 2  the output is there already, or is an input
     ├── RecipeError           2  the recipe text, at file:line:column
     ├── PlanError             2  what was asked cannot be planned (method, memory, ranges)
+    │   └── ParameterError    2  a method's parameter is out of range
     ├── CheckpointError       3  an input's files
     │   └── MismatchError     3  inputs that do not fit one another
     ├── NonFiniteError        3  NaN, infinity or saturation in a merged tensor
@@ -68,6 +69,18 @@ class PlanError(MergeKitError):
     """What the recipe asks for cannot be planned."""
 
     exit_code = 2
+
+
+class ParameterError(PlanError):
+    """A parameter of a method is out of its range.
+
+    Attributes:
+        parameter: The recipe's key; the planner turns it into file:line:column.
+    """
+
+    def __init__(self, parameter: str, problem: str, *, where: str = "", hint: str = "") -> None:
+        super().__init__(f"{parameter} {problem}", where=where, hint=hint)
+        self.parameter = parameter
 
 
 class CheckpointError(MergeKitError):
