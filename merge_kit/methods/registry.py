@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import MISSING, dataclass, fields
 from functools import cache
 from importlib.metadata import entry_points
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeVar
 
 from merge_kit.core.names import nearest
 from merge_kit.errors import PlanError
@@ -85,13 +85,19 @@ class Parameter:
     optional: bool
 
 
+def _hint(method: type[MergeMethod], name: str) -> Any:
+    """Return a field's annotation as a type, in the names of the module that declares it."""
+    owner = next(c for c in method.__mro__ if name in c.__dict__.get("__annotations__", {}))
+    note = owner.__dict__["__annotations__"][name]
+    return eval(note, vars(sys.modules[owner.__module__])) if isinstance(note, str) else note  # noqa: S307  (source code of the package, not input)
+
+
 @cache
 def parameters(method: type[MergeMethod]) -> tuple[Parameter, ...]:
     """Return what a method can be told, in the order of its fields."""
-    hints = get_type_hints(method, vars(sys.modules[method.__module__]))
     rows = []
     for entry in fields(method):
-        hint, default = hints[entry.name], entry.default
+        hint, default = _hint(method, entry.name), entry.default
         per_model = getattr(hint, "__origin__", None) is PerModel
         if per_model:
             hint, default = hint.__args__[0], entry.metadata.get("default", MISSING)
