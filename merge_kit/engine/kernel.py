@@ -1,0 +1,88 @@
+"""One slab: load it, merge it, round it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from merge_kit.core.tensors import BLOCK
+from merge_kit.engine.operands import Operands
+from merge_kit.engine.rounding import round_into
+from merge_kit.engine.workspace import Workspace
+from merge_kit.io.reader import Reader
+from merge_kit.io.torch_dtypes import torch_dtype
+from merge_kit.methods.base import Scans, Slab
+from merge_kit.plan.sources import Merged
+from merge_kit.plan.values import Step
+
+NO_SCANS: Scans = MappingProxyType({})
+
+
+class Kernel:
+    """Loads and merges slabs of one step and of the steps that feed it.
+
+    Attributes:
+        operands: Where they are read from.
+        scans: Results of the scans of each step, by id of the step.
+    """
+
+    def __init__(self, reader: Reader) -> None:
+        self.operands = Operands(reader, self.compute)
+        self.scans: dict[int, Mapping[str, Any]] = {}
+
+    def load(self, step: Step, start: int, stop: int, work: Workspace) -> Slab:
+        """Return elements [start, stop) of every operand as the step's method wants them."""
+        assert step.method is not None  # copies are not loaded
+        kind, count = torch_dtype(step.compute), stop - start
+        has_base = step.base is not None
+        rows = work.rows("models", len(step.inputs) + has_base, count, kind)
+        base = rows[0] if has_base else None
+        tensors = rows[1:] if has_base else rows
+        if step.base is not None:
+            self.operands.read(step.base, start, stop, rows[0], work)
+        for row, source in zip(tensors, step.inputs, strict=True):
+            self.operands.read(source, start, stop, row, work)
+            if step.method.operates_on == "deltas" and base is not None:
+                row.sub_(base)
+        extra = work.rows("aux", len(step.aux), count, kind) if step.aux else rows
+        aux = {}
+        for row, (name, source) in zip(extra, step.aux, strict=False):
+            self.operands.read(source, start, stop, row, work)
+            aux[name] = row
+        spec = step.outputs[0].spec
+        return Slab(
+            tensors=tensors,
+            base=base,
+            weights=step.weights,
+            name=spec.name,
+            shape=spec.shape if len(step.outputs) == 1 else step.inputs[0].shape,
+            models=step.models,
+            offset=start,
+            seed=step.seed,
+            aux=aux,
+        )
+
+    def merge(self, step: Step, slab: Slab) -> Sequence[Tensor]:
+        """Return the merged slab, flat, one tensor an output of the step."""
+        assert step.method is not None
+        merged = step.method.merge(slab, self.scans.get(id(step), NO_SCANS))
+        parts = [merged] if isinstance(merged, Tensor) else list(merged)
+        return [part.reshape(-1) for part in parts]
+
+    def compute(
+        self, source: Merged, start: int, stop: int, out: Tensor, work: Workspace
+    ) -> None:
+        """Fill `out` with a range of a feeding step, rounded to the stage's dtype."""
+        assert start % BLOCK == 0  # the planner spills what is read otherwise
+        (merged,) = self.merge(source.step, self.load(source.step, start, stop, work))
+        rounded = torch_dtype(source.dtype)
+        if merged.dtype == rounded:
+            out.copy_(merged)
+        else:
+            narrow = torch.empty(merged.shape, dtype=rounded)
+            round_into(merged, narrow)
+            out.copy_(narrow)

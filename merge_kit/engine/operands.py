@@ -1,0 +1,189 @@
+"""Reads any element range of any source, converted to the dtype of the computation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from merge_kit.core.dtypes import DTYPES
+from merge_kit.engine.workspace import Workspace
+from merge_kit.io.reader import Reader
+from merge_kit.io.torch_dtypes import torch_dtype
+from merge_kit.methods import noise
+from merge_kit.plan.sources import (
+    Concat,
+    Generated,
+    LowRank,
+    Merged,
+    Permuted,
+    Projected,
+    Rows,
+    Source,
+    Stored,
+    View,
+    elements,
+)
+
+TILE = (16, 1024)
+"""Rows and columns of the products of factors. Always this shape: BLAS rounds by shape."""
+
+Compute = Callable[[Merged, int, int, Tensor, Workspace], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Operands:
+    """Where operands are read from.
+
+    Attributes:
+        compute: Computes a range of a feeding step: (source, start, stop, out, workspace).
+    """
+
+    reader: Reader
+    compute: Compute
+
+    def read(self, source: Source, start: int, stop: int, out: Tensor, work: Workspace) -> None:
+        """Fill `out`, (stop - start,), with the elements [start, stop) of a flattened source."""
+        match source:
+            case Stored():
+                self._stored(source, start, stop, out, work)
+            case Merged():
+                self._merged(source, start, stop, out, work)
+            case View():
+                self.read(source.source, source.start + start, source.start + stop, out, work)
+            case Rows():
+                self._rows(source, start, stop, out, work)
+            case Concat():
+                self._concat(source, start, stop, out, work)
+            case Permuted():
+                self._permuted(source, start, stop, out, work)
+            case LowRank():
+                self._low_rank(source, start, stop, out, work)
+            case Projected():
+                self._projected(source, start, stop, out, work)
+            case Generated(kind="zeros"):
+                out.zero_()
+            case Generated():
+                drawn = noise.normal((source.seed, source.key), start, stop)
+                out.copy_(drawn.mul_(source.scale))
+
+    def whole(self, source: Source, dtype: torch.dtype, work: Workspace) -> Tensor:
+        """Return a whole source in its shape."""
+        out = torch.empty(elements(source), dtype=dtype)
+        self.read(source, 0, out.numel(), out, work)
+        return out.view(source.shape)
+
+    def _file(
+        self, path: Path, at: int, dtype: str, span: tuple[int, int], out: Tensor, work: Workspace
+    ) -> None:
+        """Read elements [span) of a tensor whose bytes start at `at`."""
+        size = DTYPES[dtype].bits // 8
+        start, stop = span
+        kind = torch_dtype(dtype)
+        raw, memory = work.bytes("raw", (stop - start) * size)
+        self.reader.read_into(path, at + start * size, memory)
+        out.copy_(raw.view(kind))
+
+    def _stored(
+        self, source: Stored, start: int, stop: int, out: Tensor, work: Workspace
+    ) -> None:
+        self._file(source.span.path, source.span.start, source.dtype, (start, stop), out, work)
+
+    def _merged(
+        self, source: Merged, start: int, stop: int, out: Tensor, work: Workspace
+    ) -> None:
+        if source.spill is None:
+            self.compute(source, start, stop, out, work.child)
+        else:
+            assert work.scratch is not None  # set by the job of the step that spilled it
+            self._file(work.scratch, source.spill, source.dtype, (start, stop), out, work)
+
+    def _rows(self, source: Rows, start: int, stop: int, out: Tensor, work: Workspace) -> None:
+        width, rows, at = prod(source.source.shape[1:]), source.rows, start
+        while at < stop:
+            row, inside = divmod(at, width)
+            last = row  # rows that follow one another in the source are read at once
+            while (last + 1) * width < stop and 0 <= rows[last] == rows[last + 1] - 1:
+                last += 1
+            end = min(stop, (last + 1) * width)
+            part = out[at - start : end - start]
+            if rows[row] < 0:
+                part.zero_()
+            else:
+                low = rows[row] * width + inside
+                self.read(source.source, low, low + end - at, part, work)
+            at = end
+
+    def _concat(
+        self, source: Concat, start: int, stop: int, out: Tensor, work: Workspace
+    ) -> None:
+        first = 0
+        for part in source.sources:
+            last = first + elements(part)
+            low, high = max(start, first), min(stop, last)
+            if low < high:
+                self.read(part, low - first, high - first, out[low - start : high - start], work)
+            first = last
+
+    def _permuted(
+        self, source: Permuted, start: int, stop: int, out: Tensor, work: Workspace
+    ) -> None:
+        width = prod(source.shape[1:])
+        first, last = start // width, -(-stop // width)
+        rows = source.rows or range(source.shape[0])
+        whole = torch.empty((last - first) * width, dtype=out.dtype)
+        picked = Rows(source.source, tuple(rows[first:last]))
+        self._rows(picked, 0, whole.numel(), whole, work)
+        if source.columns is not None:
+            columns = torch.tensor(source.columns)
+            whole = whole.view(last - first, source.shape[1], -1)[:, columns].flatten()
+        out.copy_(whole[start - first * width : stop - first * width])
+
+    def _low_rank(
+        self, source: LowRank, start: int, stop: int, out: Tensor, work: Workspace
+    ) -> None:
+        if source.weight is None:
+            out.zero_()
+        else:
+            self.read(source.weight, start, stop, out, work)
+        left = self.whole(source.b, out.dtype, work)
+        right = self.whole(source.a, out.dtype, work)
+        _add_product(out, left, right, source.scale, start)
+
+    def _projected(
+        self, source: Projected, start: int, stop: int, out: Tensor, work: Workspace
+    ) -> None:
+        matrix = self.whole(source.source, torch.float64, work)
+        if source.left is not None:
+            matrix = self.whole(source.left, torch.float64, work) @ matrix
+        if source.right is not None:
+            matrix = matrix @ self.whole(source.right, torch.float64, work)
+        out.copy_(matrix.flatten()[start:stop])
+
+
+def _add_product(out: Tensor, left: Tensor, right: Tensor, scale: float, start: int) -> None:
+    """Add scale * left @ right to a run of its flattened elements, in tiles of one shape."""
+    columns, (tall, wide) = right.shape[1], TILE
+    stop = start + out.numel()
+    for top in range(start // columns // tall * tall, -(-stop // columns), tall):
+        tile_left = _padded(left[top : top + tall], tall, 0)
+        strip = torch.empty(tall, -(-columns // wide) * wide, dtype=out.dtype)
+        for side in range(0, columns, wide):
+            strip[:, side : side + wide] = tile_left @ _padded(right[:, side : side + wide], wide, 1)
+        flat = strip[:, :columns].flatten()
+        low, high = max(start, top * columns), min(stop, (top + tall) * columns)
+        part = flat[low - top * columns : high - top * columns]
+        out[low - start : high - start].add_(part, alpha=scale)
+
+
+def _padded(matrix: Tensor, size: int, axis: int) -> Tensor:
+    """Return a contiguous copy with zeros up to `size` along an axis."""
+    shape = list(matrix.shape)
+    shape[axis] = size
+    padded = matrix.new_zeros(shape)
+    padded.narrow(axis, 0, matrix.shape[axis]).copy_(matrix)
+    return padded

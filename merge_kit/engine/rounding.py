@@ -1,0 +1,35 @@
+"""One rounding from the dtype of the computation to the dtype of the output."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_NARROW = (torch.bfloat16, torch.float16)
+
+
+def round_into(values: Tensor, out: Tensor) -> None:
+    """Fill `out` with values rounded once to its dtype, to nearest even."""
+    if values.dtype == torch.float64 and out.dtype in _NARROW:
+        out.copy_(_odd(values))  # torch goes through float32, which would round twice
+    else:
+        out.copy_(values)
+
+
+def _odd(values: Tensor) -> Tensor:
+    """Return float64 as float32 rounded to odd: a second rounding then errs no more.
+
+    Boldo and Melquiond 2008, Emulation of FMA and correctly rounded sums,
+    https://doi.org/10.1109/TC.2008.70819
+    """
+    near = values.float()
+    back = near.double()
+    bits = near.view(torch.int32)
+    bits.sub_((back.abs() > values.abs()).int())  # to zero
+    bits.bitwise_or_((back != values).int())
+    return near
+
+
+def nonfinite(values: Tensor) -> int:
+    """Return how many values are NaN or infinite."""
+    return int(values.numel() - torch.isfinite(values).sum())

@@ -1,0 +1,171 @@
+"""Runs a plan into a folder."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from merge_kit.core.hashing import tensor_hash
+from merge_kit.engine.agreement import check_agreement
+from merge_kit.engine.jobs import CopyJob, MergeJob, ScanJob
+from merge_kit.engine.journal import Journal
+from merge_kit.engine.pool import Pool, Task
+from merge_kit.engine.progress import Progress
+from merge_kit.engine.report import Report
+from merge_kit.engine.state import RunState, Tally
+from merge_kit.engine.statistics import InOrder, Passes, chunks
+from merge_kit.engine.workspace import Workspace
+from merge_kit.errors import InterruptedRun
+from merge_kit.io.reader import Reader
+from merge_kit.io.writer import Writer
+from merge_kit.plan.values import Plan, Step
+
+Shared = dict[int, Mapping[str, Any]]
+
+
+def run_plan(
+    plan: Plan,
+    folder: Path,
+    *,
+    allow_nonfinite: bool = False,
+    sync: bool = False,
+    kernel_copy: bool = True,
+    on_progress: Callable[[Progress], None] | None = None,
+    stop: threading.Event | None = None,
+) -> Report:
+    """Write the shards of a plan into a folder, going on from where an earlier run stopped.
+
+    Args:
+        allow_nonfinite: Write NaN and infinities, and count them, instead of stopping.
+        sync: Wait until everything is on disk.
+        kernel_copy: Whether the kernel may copy what passes through.
+        on_progress: Called from worker threads, one call at a time.
+        stop: Set it to end the run early; what is finished is kept in the folder.
+
+    Raises:
+        NonFiniteError: If merged values are not finite and that is not allowed.
+        CheckpointError: If an input cannot be read or changed since the plan was made.
+        OutputError: If the disk or the system refuses a write.
+        InterruptedRun: If `stop` was set.
+    """
+    started = time.monotonic()
+    stop = stop or threading.Event()
+    files = [file for model in plan.inputs for file in model.files]
+    tally = Tally(plan.bill.written_bytes, on_progress)
+    with (
+        Reader(files) as reader,
+        Writer(kernel_copy=kernel_copy) as writer,
+        Journal(folder) as journal,
+        _one_torch_thread(),
+    ):
+        run = RunState(plan, folder, reader, writer, journal, tally, allow_nonfinite)
+        for shard in plan.shards:
+            writer.create(folder / shard.name, shard.nbytes, shard.header)
+        resumed = _resume(run)
+        left = [(i, step) for i, step in enumerate(plan.steps) if i not in resumed]
+        check_agreement(reader, [step for _, step in left])
+        shared = _whole_model(run, stop) if left else {}
+        Pool(plan.bill.workers, stop).run(_tasks(run, left, shared))
+        if stop.is_set():
+            raise InterruptedRun(2, hint="run the same command again to go on from here")
+        reader.check_all()
+        if sync:
+            writer.sync()
+    return Report(
+        seconds=time.monotonic() - started,
+        bytes_read=plan.bill.read_bytes,
+        bytes_written=plan.bill.written_bytes,
+        peak_bytes=peak_bytes(),
+        hashes={t.key: tally.hashes[t.key] for s in plan.steps for t in s.outputs},
+        nonfinite=dict(sorted(tally.nonfinite.items())),
+        saturated=dict(sorted(tally.saturated.items())),
+        resumed=len(resumed),
+    )
+
+
+def peak_bytes() -> int:
+    """Return the largest resident memory of this process so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+@contextmanager
+def _one_torch_thread() -> Iterator[None]:
+    """Let torch use one thread: the workers are the parallelism, and sums keep one order."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _tasks(run: RunState, left: list[tuple[int, Step]], shared: Shared) -> Iterator[Task]:
+    for index, step in left:
+        if step.action == "copy":
+            yield _starting(lambda i=index, s=step: CopyJob(run, i, s))
+        else:
+            yield _starting(lambda i=index, s=step: MergeJob(run, i, s, shared))
+
+
+def _starting(make: Callable[[], Any]) -> Task:
+    """Return a task that makes a job only when a worker has come to it."""
+
+    def task(work: Workspace) -> Any:
+        return make().begin(work)
+
+    return task
+
+
+def _resume(run: RunState) -> set[int]:
+    """Return the steps that earlier runs finished and whose bytes are still what they wrote."""
+    done, work = set(), Workspace()
+    for index, hashes in run.journal.finished().items():
+        if index >= len(run.plan.steps):
+            continue
+        targets = run.plan.steps[index].outputs
+        found = {t.key: tensor_hash(run.read_back(t, work)) for t in targets}
+        if found == hashes:
+            done.add(index)
+            run.tally.hashes.update(hashes)
+            run.tally.moved(sum(t.spec.nbytes for t in targets), targets[-1].key)
+    return done
+
+
+def _whole_model(run: RunState, stop: threading.Event) -> Shared:
+    """Return the statistics of scope "model" by group of steps, finished steps included."""
+    groups: dict[int, list[Step]] = {}
+    for step in run.plan.steps:
+        scans = step.method.scans() if step.method is not None else ()
+        if any(scan.scope == "model" for scan in scans):
+            groups.setdefault(step.group, []).append(step)
+    return {group: _gather_group(run, members, stop) for group, members in groups.items()}
+
+
+def _gather_group(run: RunState, steps: list[Step], stop: threading.Event) -> Mapping[str, Any]:
+    method = steps[0].method
+    assert method is not None
+    passes = Passes([s for s in method.scans() if s.scope == "model"], {})
+    while passes.due() and not stop.is_set():
+        fold, first, tasks = InOrder(), 0, []
+        for i, step in enumerate(steps):
+            name, at = f"scan-{i}", first
+            tasks.append(
+                _starting(
+                    lambda s=step, n=name, a=at: ScanJob(run, s, n, passes, fold, a)  # noqa: B023
+                )
+            )
+            first += len(chunks(step))
+        Pool(run.plan.bill.workers, stop).run(tasks)
+        if not stop.is_set():
+            passes.finish(fold.total)
+    return passes.results

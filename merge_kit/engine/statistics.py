@@ -1,0 +1,133 @@
+"""Gathers the scans of a step: passes over chunks, absorbed in order."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from merge_kit.core.tensors import BLOCK, numel
+from merge_kit.engine.kernel import Kernel
+from merge_kit.engine.workspace import Workspace
+from merge_kit.methods.base import Grain, Scan
+from merge_kit.methods.reductions import CHUNK, Accumulator, Done
+from merge_kit.plan.values import Step
+
+Gathered = dict[str, Accumulator]
+
+
+def ranges(step: Step, size: int) -> list[tuple[int, int]]:
+    """Return the runs of elements that cover a step, `size` each, whole rows where rows matter."""
+    total = step_elements(step)
+    assert step.method is not None
+    grain = step.method.residency()
+    if grain == "tensor" or total == 0:
+        return [(0, total)]
+    if grain == "row":
+        columns = row_elements(step)
+        size = max(1, size // columns) * columns
+    return [(at, min(at + size, total)) for at in range(0, total, size)]
+
+
+def step_elements(step: Step) -> int:
+    """Return the elements that a step reads of each operand."""
+    return numel(step.inputs[0].shape if step.inputs else step.outputs[0].spec.shape)
+
+
+def row_elements(step: Step) -> int:
+    """Return the elements of one row, at least 1."""
+    shape = step.outputs[0].spec.shape
+    return max(1, shape[-1] if shape else 1)
+
+
+class InOrder:
+    """Absorbs what parts gathered in the order of their indices, as soon as it can."""
+
+    def __init__(self) -> None:
+        self.total: Gathered = {}
+        self._waiting: dict[int, Gathered] = {}
+        self._next = 0
+        self._lock = threading.Lock()
+
+    def put(self, index: int, part: Gathered) -> None:
+        """Take in what part `index` gathered."""
+        with self._lock:
+            self._waiting[index] = part
+            while self._next in self._waiting:
+                self._absorb(self._waiting.pop(self._next))
+                self._next += 1
+
+    def _absorb(self, part: Gathered) -> None:
+        for name, accumulator in part.items():
+            if name in self.total:
+                self.total[name].absorb(accumulator)
+            else:
+                self.total[name] = accumulator
+
+
+class Passes:
+    """The passes that a list of scans takes, and the results so far.
+
+    Args:
+        scans: Scans whose `uses` are among them or among `known`.
+        known: Results that are there already.
+    """
+
+    def __init__(self, scans: Sequence[Scan], known: Mapping[str, Any]) -> None:
+        self.results: dict[str, Any] = dict(known)
+        self._carry: dict[str, Any] = {}
+        self._left = list(scans)
+
+    def due(self) -> list[Scan]:
+        """Return the scans of the next pass; none when all are done."""
+        return [s for s in self._left if all(name in self.results for name in s.uses)]
+
+    def carry(self, scan: Scan) -> Any:
+        """Return what this pass of a scan starts from."""
+        return self._carry.get(scan.name)
+
+    def finish(self, totals: Gathered) -> None:
+        """Take in the totals of one pass."""
+        for scan in self.due():
+            outcome = scan.reduction.finish(totals[scan.name], self.carry(scan))
+            if isinstance(outcome, Done):
+                self.results[scan.name] = outcome.result
+                self._left.remove(scan)
+            else:
+                self._carry[scan.name] = outcome.carry
+
+
+def gather(
+    kernel: Kernel, step: Step, passes: Passes, span: tuple[int, int], work: Workspace
+) -> Gathered:
+    """Run one pass over one chunk of a step and return what each due scan gathered."""
+    due = passes.due()
+    gathered = {s.name: s.reduction.accumulator(passes.carry(s)) for s in due}
+    for start, stop in slabs(step, span, scanning=True):
+        slab = kernel.load(step, start, stop, work)
+        for scan in due:
+            values = slab.tensors if scan.of is None else scan.of(slab, passes.results)
+            gathered[scan.name].add(values)
+    return gathered
+
+
+def slabs(step: Step, span: tuple[int, int], *, scanning: bool = False) -> list[tuple[int, int]]:
+    """Return the slabs of a run of elements.
+
+    Rows do not start at blocks, so scans of row grain go by slabs of one fixed size.
+    """
+    start, stop = span
+    assert step.method is not None
+    grain: Grain = step.method.residency()
+    if grain == "tensor" or start == stop:
+        return [span]
+    size = step.slab_elements
+    if grain == "row":
+        columns = row_elements(step)
+        size = max(1, (BLOCK if scanning else size) // columns) * columns
+    return [(at, min(at + size, stop)) for at in range(start, stop, size)]
+
+
+def chunks(step: Step) -> list[tuple[int, int]]:
+    """Return the chunks in which a step is scanned, the same for every slab size."""
+    return ranges(step, CHUNK)

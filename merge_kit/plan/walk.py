@@ -1,0 +1,68 @@
+"""Walks the sources of a step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from merge_kit.plan.sources import (
+    Concat,
+    LowRank,
+    Merged,
+    Permuted,
+    Projected,
+    Rows,
+    Source,
+    Stored,
+    View,
+)
+from merge_kit.plan.values import Step
+
+
+def operands(step: Step) -> list[Source]:
+    """Return base, inputs and further operands of a step."""
+    base = [] if step.base is None else [step.base]
+    return [*base, *step.inputs, *(source for _, source in step.aux)]
+
+
+def parts(source: Source) -> list[Source]:
+    """Return the sources that a source is made of; a step that feeds it is not looked into."""
+    match source:
+        case Rows() | View() | Permuted():
+            return [source.source]
+        case Concat():
+            return list(source.sources)
+        case LowRank():
+            return [s for s in (source.weight, source.a, source.b) if s is not None]
+        case Projected():
+            return [s for s in (source.source, source.left, source.right) if s is not None]
+        case _:
+            return []
+
+
+def _inner(source: Source) -> Iterator[Merged]:
+    for part in parts(source):
+        yield from _inner(part)
+    if isinstance(source, Merged):
+        for operand in operands(source.step):
+            yield from _inner(operand)
+        yield source
+
+
+def merged_sources(step: Step) -> list[Merged]:
+    """Return every feeding step below a step, each once, after those that feed it in turn."""
+    found: dict[int, Merged] = {}
+    for operand in operands(step):
+        for source in _inner(operand):
+            found.setdefault(id(source.step), source)
+    return list(found.values())
+
+
+def stored(source: Source) -> Iterator[Stored]:
+    """Yield every run of file bytes below a source, through feeding steps too."""
+    if isinstance(source, Stored):
+        yield source
+    for part in parts(source):
+        yield from stored(part)
+    if isinstance(source, Merged):
+        for operand in operands(source.step):
+            yield from stored(operand)
