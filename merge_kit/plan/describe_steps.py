@@ -1,0 +1,116 @@
+"""The two maps of a plan: output layers to their sources, output tensors to their rules."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from merge_kit.methods.base import MergeMethod, PerModel
+from merge_kit.methods.registry import parameters
+from merge_kit.plan.sources import (
+    Concat,
+    LowRank,
+    Merged,
+    Permuted,
+    Projected,
+    Rows,
+    Source,
+    Stored,
+    View,
+)
+from merge_kit.plan.values import LayerOrigin, Plan, Step
+
+
+def layer_lines(plan: Plan) -> list[str]:
+    """Return one line for each longest run of layers that come from consecutive layers."""
+    return [_layer_line(run) for run in _runs(plan.layer_map)]
+
+
+def _runs(origins: Sequence[LayerOrigin]) -> Iterator[list[LayerOrigin]]:
+    run: list[LayerOrigin] = []
+    for origin in origins:
+        if run and not _follows(run[-1], origin):
+            yield run
+            run = []
+        run.append(origin)
+    if run:
+        yield run
+
+
+def _follows(before: LayerOrigin, after: LayerOrigin) -> bool:
+    expected = tuple((model, layer + 1) for model, layer in before.sources)
+    return (after.stack, after.layer, after.sources) == (before.stack, before.layer + 1, expected)
+
+
+def _layer_line(run: Sequence[LayerOrigin]) -> str:
+    first, last = run[0], run[-1]
+    pairs = zip(first.sources, last.sources, strict=True)
+    sources = ", ".join(f"{model} {_span(start, stop)}" for (model, start), (_, stop) in pairs)
+    return f"{first.stack} {_span(first.layer, last.layer)} from {sources}"
+
+
+def _span(first: int, last: int) -> str:
+    return str(first) if first == last else f"{first}-{last}"
+
+
+def rule_lines(plan: Plan) -> list[str]:
+    """Return one line for each output tensor: its name, what is done, and from what."""
+    files = file_keys(plan)
+    return [f"{target.key}: {_rule(step, files)}" for step in plan.steps for target in step.outputs]
+
+
+def _rule(step: Step, files: Mapping[Path, str]) -> str:
+    note = f" ({step.note})" if step.note else ""
+    if step.method is None:
+        return f"copy {', '.join(step.models)}{note}"
+    operands = list(step.models)
+    if step.weights and "weight" in arguments(step.method):
+        pairs = zip(step.models, step.weights, strict=True)
+        operands = [f"{model} * {weight:g}" for model, weight in pairs]
+    if step.base is not None:
+        operands.insert(0, f"base {origin(step.base, files)}")
+    return f"{_call(step.method)} of {', '.join(operands) or 'nothing'}{note}"
+
+
+def _call(method: MergeMethod) -> str:
+    shown = [
+        f"{name}={_value(value)}" for name, value in arguments(method).items() if name != "weight"
+    ]
+    return f"{method.method_name}({', '.join(shown)})"
+
+
+def arguments(method: MergeMethod) -> dict[str, object]:
+    """Return a method's evaluated parameters by the recipe's keys."""
+    return {p.name: getattr(method, p.field) for p in parameters(type(method))}
+
+
+def _value(value: object) -> str:
+    """Return a parameter's value; values of models that are all equal are shown once."""
+    if isinstance(value, PerModel):
+        texts = [_value(item) for item in value]
+        return texts[0] if len(set(texts)) == 1 else "/".join(texts)
+    if isinstance(value, bool) or value is None:
+        return {True: "true", False: "false", None: "none"}[value]
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def file_keys(plan: Plan) -> dict[Path, str]:
+    """Return `input-1/model.safetensors` for the path of each weight file of the inputs."""
+    return {file.path: f"{model.key}/{file.name}" for model in plan.inputs for file in model.files}
+
+
+def origin(source: Source, files: Mapping[Path, str]) -> str:
+    """Return which model a source takes its numbers from, the first one if there are several."""
+    match source:
+        case Stored(span=span):
+            return files.get(span.path, span.path.name).split("/", 1)[0]
+        case LowRank(weight=weight, a=a):
+            return origin(a if weight is None else weight, files)
+        case Concat(sources=sources):
+            return origin(sources[0], files)
+        case Rows() | View() | Permuted() | Projected():
+            return origin(source.source, files)
+        case Merged():
+            return "an earlier stage"
+        case _:
+            return "generated numbers"
