@@ -58,19 +58,20 @@ def summary(plan: Plan, free_bytes: int | None) -> list[Row]:
     tensors = Counter(fate.model for fate in plan.fates)
     return [
         Row("method", f"{plan.method}, seed {plan.seed}"),
-        *_labelled("inputs", [_input(model, tensors[model.key]) for model in plan.inputs]),
+        *labelled("inputs", [_input(model, tensors[model.key]) for model in plan.inputs]),
         Row("tensors", counts_line(plan)),
-        *_labelled("merged", [f"{count:,} by {m}" for m, count in merged_by_method(plan).items()]),
-        *_labelled("dropped", _dropped(plan)),
+        *labelled("merged", [f"{count:,} by {m}" for m, count in merged_by_method(plan).items()]),
+        *labelled("dropped", _dropped(plan)),
         Row("model", _model(plan)),
         Row("dtypes", ", ".join(f"{name} {count:,}" for name, count in plan.dtypes) or "none"),
-        *_labelled("side files", _side_files(plan.side_files)),
+        *labelled("side files", _side_files(plan.side_files)),
         *_costs(plan, free_bytes),
-        *_labelled("notes", plan.notes),
+        *labelled("notes", plan.notes),
     ]
 
 
-def _labelled(label: str, texts: Iterable[str]) -> list[Row]:
+def labelled(label: str, texts: Iterable[str]) -> list[Row]:
+    """Return a row for each text, the label on the first of them."""
     return [Row("" if i else label, text) for i, text in enumerate(texts)]
 
 

@@ -1,0 +1,159 @@
+"""The library: plans and merges from a recipe's file or from a dict."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from merge_kit.core.sizes import parse_size
+from merge_kit.engine.progress import Progress
+from merge_kit.plan.build import build_plan, package_version
+from merge_kit.plan.values import Plan
+from merge_kit.publish.card import model_card
+from merge_kit.publish.manifest import manifest
+from merge_kit.publish.side_files import write_side_files
+from merge_kit.publish.staging import stage
+from merge_kit.recipe.parse import load_recipe, recipe_from_mapping
+from merge_kit.recipe.values import Recipe
+
+if TYPE_CHECKING:
+    from merge_kit.engine.report import Report
+
+Size = str | int
+
+
+@dataclass(frozen=True, slots=True)
+class Merge:
+    """A finished merge.
+
+    Attributes:
+        output: The folder.
+        plan: What was done.
+        report: How it went: seconds, bytes, peak memory, hashes.
+    """
+
+    output: Path
+    plan: Plan
+    report: Report
+
+
+def read_recipe(
+    recipe: str | Path | Mapping[str, Any],
+    *,
+    overrides: Sequence[str] = (),
+    seed: int | None = None,
+    shard_size: Size | None = None,
+) -> Recipe:
+    """Return a recipe from a file's path or from a mapping of the same shape."""
+    if isinstance(recipe, Mapping):
+        return recipe_from_mapping(recipe, overrides=overrides, seed=seed, shard_size=shard_size)
+    return load_recipe(Path(recipe), overrides=overrides, seed=seed, shard_size=shard_size)
+
+
+def plan(
+    recipe: str | Path | Mapping[str, Any],
+    *,
+    overrides: Sequence[str] = (),
+    seed: int | None = None,
+    shard_size: Size | None = None,
+    threads: int | None = None,
+    memory: Size | None = None,
+) -> Plan:
+    """Return everything that a merge would do, from headers alone.
+
+    Args:
+        recipe: Path of a YAML recipe, or a dict of the same shape.
+        overrides: "key=value" as for `--set`.
+        seed: Instead of the recipe's.
+        shard_size: Largest size of a shard, "5GB" or bytes, instead of the recipe's.
+        threads: Workers; one for each processor by default.
+        memory: Most resident memory of the whole process, "1GiB" or bytes.
+
+    Raises:
+        MergeKitError: Everything that is wrong with recipe and inputs, in one list.
+    """
+    read = read_recipe(recipe, overrides=overrides, seed=seed, shard_size=shard_size)
+    limit = None if memory is None else parse_size(memory)
+    return build_plan(read, threads=threads, memory_bytes=limit)
+
+
+def merge(
+    recipe: str | Path | Mapping[str, Any],
+    output: str | Path | None = None,
+    *,
+    overwrite: bool = False,
+    overrides: Sequence[str] = (),
+    seed: int | None = None,
+    shard_size: Size | None = None,
+    threads: int | None = None,
+    memory: Size | None = None,
+    allow_nonfinite: bool = False,
+    sync: bool = False,
+    on_progress: Callable[[Progress], None] | None = None,
+    stop: threading.Event | None = None,
+) -> Merge:
+    """Merge models into a folder, which appears whole or not at all.
+
+    Args:
+        recipe: Path of a YAML recipe, or a dict of the same shape.
+        output: The folder; default: the recipe's `output`, else merged/<stem of the recipe>.
+        overwrite: Replace an output that is there.
+        allow_nonfinite: Write NaN and infinities and count them, instead of stopping.
+        sync: Return only when everything is on disk.
+        on_progress: Called with `Progress` from worker threads, one call at a time.
+        stop: Set it from another thread to end early; the same call goes on from there later.
+
+    The other arguments are those of `plan`.
+
+    Raises:
+        MergeKitError: The cause in one line or list; no output was written.
+    """
+    read = read_recipe(recipe, overrides=overrides, seed=seed, shard_size=shard_size)
+    limit = None if memory is None else parse_size(memory)
+    planned = build_plan(read, threads=threads, memory_bytes=limit)
+    folder = output_folder(read, output)
+    roots = [model.root for model in planned.inputs]
+    with stage(folder, overwrite=overwrite, inputs=roots, identity=planned.identity) as staging:
+        from merge_kit.engine.run import run_plan  # noqa: PLC0415  (torch, only when it is needed)
+
+        report = run_plan(
+            planned,
+            staging.folder,
+            allow_nonfinite=allow_nonfinite,
+            sync=sync,
+            on_progress=on_progress,
+            stop=stop,
+        )
+        write_side_files(staging.folder, planned.side_files)
+        _describe(staging.folder, planned, read, report)
+        staging.commit(sync=sync)
+    return Merge(folder, planned, report)
+
+
+def output_folder(recipe: Recipe, output: str | Path | None = None) -> Path:
+    """Return where a recipe's output goes."""
+    if output is not None:
+        return Path(output)
+    if recipe.output is not None:
+        return Path(recipe.output)
+    return Path("merged") / Path(recipe.source.strip("<>")).stem
+
+
+def _describe(folder: Path, planned: Plan, recipe: Recipe, report: Report) -> None:
+    """Write the model card and the manifest."""
+    from merge_kit.engine.versions import versions  # noqa: PLC0415
+
+    text = manifest(
+        planned,
+        recipe_text=recipe.text,
+        hashes=report.hashes,
+        nonfinite=report.nonfinite,
+        saturated=report.saturated,
+        versions={"merge_kit": package_version("merge_kit"), **versions()},
+    )
+    card = model_card(planned, recipe_text=recipe.text, nonfinite=report.nonfinite)
+    for name, content in (("merge_kit.json", text), ("README.md", card)):
+        (folder / name).write_text(content, encoding="utf-8")

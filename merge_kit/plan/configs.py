@@ -1,0 +1,66 @@
+"""config.json of the output: the donor's text with only what the merge changes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+from merge_kit.architecture.config import with_dtype, with_tied
+from merge_kit.architecture.stacking import stacked_config
+from merge_kit.architecture.ties import is_tied
+from merge_kit.core.dtypes import config_name, is_float
+from merge_kit.plan.assemble import Assembly
+from merge_kit.plan.models import Model, Part
+from merge_kit.plan.steps import Made
+
+
+def result_parts(assembly: Assembly, made: Sequence[Made]) -> tuple[Part, ...]:
+    """Return the components of a stage's result with their config.json texts."""
+    donor = assembly.donor
+    return tuple(
+        Part(part.path, part.stem, _text(assembly, part, made)) for part in donor.parts
+    )
+
+
+def _text(assembly: Assembly, part: Part, made: Sequence[Made]) -> str | None:
+    text = part.config_text
+    if text is None:
+        return None
+    if assembly.stack is not None and part == assembly.donor.main:
+        origins = [(_config_text(model), layer) for model, layer in assembly.first_sources]
+        text = stacked_config(text, assembly.stack, origins)
+    own = [m for m in made if m.held.component == part.path]
+    dtype = main_dtype(own)
+    if dtype is not None and (_named(assembly) or not _says(text, config_name(dtype))):
+        text = with_dtype(text, config_name(dtype))
+    if part == assembly.donor.main and _untied(assembly.donor, own):
+        text = with_tied(text, tied=False)
+    return text
+
+
+def _named(assembly: Assembly) -> bool:
+    return bool(assembly.stage.out_dtype or assembly.stage.dtype)
+
+
+def _config_text(model: Model) -> str:
+    return model.main.config_text or "{}"
+
+
+def _says(text: str, name: str) -> bool:
+    return f'"{name}"' in text or f'"torch.{name}"' in text
+
+
+def main_dtype(made: Sequence[Made]) -> str | None:
+    """Return the float dtype that most elements have, None if no tensor is float."""
+    counts: Counter[str] = Counter()
+    for one in made:
+        if is_float(one.held.spec.dtype):
+            counts[one.held.spec.dtype] += one.held.spec.numel
+    return counts.most_common(1)[0][0] if counts else None
+
+
+def _untied(donor: Model, made: Sequence[Made]) -> bool:
+    """Return whether a tied model gains a head of its own."""
+    substituted = any(part.substitute for one in made for part in one.item.parts)
+    config: Mapping[str, object] = donor.config or {}
+    return substituted and is_tied(config) is not False

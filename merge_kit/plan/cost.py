@@ -1,0 +1,194 @@
+"""What steps take: slab sizes, memory, bytes read, scratch."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+
+from merge_kit.core.dtypes import DTYPES
+from merge_kit.core.sizes import format_size
+from merge_kit.core.tensors import BLOCK, nbytes, numel
+from merge_kit.errors import MergeKitError, PlanError
+from merge_kit.plan.sources import Concat, Generated, Merged, Rows, Source, View, elements
+from merge_kit.plan.values import Bill, Step
+from merge_kit.plan.walk import merged_sources, operands, parts, stored
+
+PROCESS_BYTES = 250_000_000
+"""Resident memory of Python with torch before anything is merged, with some room."""
+
+CACHE_BYTES = 2_000_000
+"""Floats of a slab that a worker works on best."""
+
+MOST_BLOCKS = 4
+_TENSOR_BYTES = 4_000  # of the plan and the journal, for each tensor of an input or output
+
+
+def worker_count(threads: int | None) -> int:
+    """Return how many workers to use: as asked, or one for each processor, at most 8."""
+    if threads is not None:
+        if threads < 1:
+            raise PlanError(f"threads is {threads}, expected at least 1")
+        return threads
+    if hasattr(os, "sched_getaffinity"):
+        return min(8, len(os.sched_getaffinity(0)))
+    return min(8, os.cpu_count() or 1)
+
+
+def float_bytes(step: Step) -> int:
+    """Return the bytes of one element of a slab over all models."""
+    rows = len(step.inputs) + (step.base is not None) + len(step.aux)
+    return DTYPES[step.compute].bits // 8 * max(rows, 1)
+
+
+def slab_elements(step: Step, blocks: int | None) -> int:
+    """Return the elements of a step's slabs: whole blocks, or whole rows of about that many."""
+    if blocks is None:
+        blocks = min(MOST_BLOCKS, max(1, CACHE_BYTES // (float_bytes(step) * BLOCK)))
+    return blocks * BLOCK
+
+
+def slab_bytes(step: Step, slab: int) -> int:
+    """Return the memory of one worker for slabs of so many elements, feeding steps included."""
+    if step.method is None:
+        return 4 * 8 * BLOCK
+    grain, shape = step.method.residency(), _shape(step)
+    count = min(slab, max(1, numel(shape)))
+    if grain == "tensor":
+        count = numel(shape)
+    elif grain == "row":
+        count = max(count, shape[-1] if shape else 1)
+    raw = max((nbytes(s.dtype, count) for s in stored_or(step)), default=0)
+    out = sum(min(t.spec.nbytes, nbytes(t.spec.dtype, count)) for t in step.outputs)
+    statistics = 8 * 3 * BLOCK * (len(step.inputs) + 1) if step.method.scans() else 0
+    own = count * float_bytes(step) + raw + out + statistics
+    own += step.method.scratch_bytes(len(step.inputs), count)
+    inner = [slab_bytes(m.step, slab) for m in merged_sources(step)]
+    return own + sum(inner) + _special(step)
+
+
+def stored_or(step: Step) -> Sequence[Source]:
+    """Return what is read for a step, as sources with a dtype."""
+    return [s for s in operands(step) if not isinstance(s, Generated)]
+
+
+def _special(step: Step) -> int:
+    """Return memory of sources that are resident while they are read: factors, projections."""
+    extra = 0
+    for source in operands(step):
+        extra += _resident(source)
+    return extra
+
+
+def _resident(source: Source) -> int:
+    inside = sum(_resident(part) for part in parts(source))
+    if isinstance(source, Concat | Rows | View | Generated | Merged) or not parts(source):
+        return inside
+    return inside + 8 * sum(elements(part) for part in parts(source))
+
+
+def _shape(step: Step) -> tuple[int, ...]:
+    return step.inputs[0].shape if step.inputs else step.outputs[0].spec.shape
+
+
+def is_whole(step: Step) -> bool:
+    """Return whether a step needs whole tensors, which are merged one at a time."""
+    return step.method is not None and step.method.residency() == "tensor"
+
+
+def sized(step: Step, blocks: int | None) -> Step:
+    """Return a step with its slab size and peak memory, and so the steps that feed it."""
+    step = replace(
+        step,
+        base=None if step.base is None else _sized_source(step.base, blocks),
+        inputs=tuple(_sized_source(s, blocks) for s in step.inputs),
+        aux=tuple((name, _sized_source(s, blocks)) for name, s in step.aux),
+    )
+    slab = slab_elements(step, blocks)
+    return replace(step, slab_elements=slab, peak_bytes=slab_bytes(step, slab))
+
+
+def _sized_source(source: Source, blocks: int | None) -> Source:
+    if isinstance(source, Merged):
+        return replace(source, step=sized(source.step, blocks))
+    return source
+
+
+def peak_bytes(steps: Sequence[Step], workers: int, tensors: int) -> int:
+    """Return the resident memory of the whole process."""
+    light = max((s.peak_bytes for s in steps if not is_whole(s)), default=0)
+    heavy = max((s.peak_bytes for s in steps if is_whole(s)), default=0)
+    return PROCESS_BYTES + workers * light + heavy + _TENSOR_BYTES * tensors
+
+
+def fit(
+    steps: Sequence[Step],
+    workers: int,
+    tensors: int,
+    memory_bytes: int | None,
+    sizes: Sequence[int | None] | None = None,
+) -> tuple[tuple[Step, ...], int]:
+    """Return the steps with slabs that fit the budget, and the peak memory.
+
+    Args:
+        sizes: Blocks of a slab to try in this order; None for what fits the cache.
+
+    Raises:
+        PlanError: If not even slabs of one block fit.
+    """
+    best: tuple[tuple[Step, ...], int] | None = None
+    for blocks in sizes or (None, 2, 1):
+        made = tuple(sized(step, blocks) for step in steps)
+        peak = peak_bytes(made, workers, tensors)
+        if memory_bytes is None or peak <= memory_bytes:
+            return made, peak
+        best = (made, peak) if best is None or peak < best[1] else best
+    assert best is not None
+    raise _too_large(best[0], best[1], memory_bytes or 0, workers)
+
+
+def _too_large(steps: Sequence[Step], peak: int, budget: int, workers: int) -> MergeKitError:
+    worst = max(steps, key=lambda step: step.peak_bytes)
+    return PlanError(
+        f"the budget is {format_size(budget)}, and the run needs {format_size(peak)}: "
+        f"{format_size(PROCESS_BYTES)} for Python and torch, {format_size(worst.peak_bytes)} "
+        f"a worker for {worst.outputs[0].key}",
+        where="--memory",
+        hint=f"raise --memory{', or lower --threads' if workers > 1 else ''}",
+    )
+
+
+def passes(step: Step) -> int:
+    """Return how often the operands are read, at least."""
+    if step.action == "copy" or step.method is None:
+        return 1
+    scans = step.method.scans()
+    depth: dict[str, int] = {}
+    for scan in scans:
+        depth[scan.name] = 1 + max((depth.get(name, 0) for name in scan.uses), default=0)
+    return 1 + max(depth.values(), default=0)
+
+
+def read_bytes(step: Step) -> int:
+    """Return bytes read from input files, repeated passes included."""
+    sources = [found for s in operands(step) for found in stored(s)] or []
+    total = passes(step) * sum(nbytes(s.dtype, elements(s)) for s in sources)
+    return total + sum(s.span.nbytes for a in step.agree for s in stored(a)) * 2
+
+
+def scratch_bytes(step: Step) -> int:
+    """Return bytes that a step spills."""
+    spills = [m for m in merged_sources(step) if m.spill is not None]
+    return sum(nbytes(m.dtype, elements(m)) for m in spills)
+
+
+def bill(steps: Sequence[Step], workers: int, peak: int) -> Bill:
+    """Return what a run takes."""
+    most = sorted((scratch_bytes(step) for step in steps), reverse=True)
+    return Bill(
+        read_bytes=sum(read_bytes(step) for step in steps),
+        written_bytes=sum(t.spec.nbytes for step in steps for t in step.outputs),
+        scratch_bytes=sum(most[: workers + 1]),
+        peak_bytes=peak,
+        workers=workers,
+    )

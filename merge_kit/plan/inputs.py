@@ -1,0 +1,137 @@
+"""Opens what a recipe refers to: each model once, every problem in one list."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from merge_kit.core.names import nearest
+from merge_kit.errors import CheckpointError, MergeKitError, PlanError
+from merge_kit.io.checkpoint import open_checkpoint
+from merge_kit.plan.models import Model, from_checkpoint
+from merge_kit.plan.values import PlanInput
+from merge_kit.recipe.values import ModelRef, Recipe, Stage
+
+
+def references(stage: Stage) -> Iterator[ModelRef]:
+    """Yield every model that a stage names, in the order of the recipe, repeats included."""
+    lists = [stage.models, *(s.sources for s in stage.slices)]
+    for module in stage.modules:
+        lists += [module.models, *(s.sources for s in module.slices)]
+    lists += [rule.models or () for rule in stage.tensors]
+    for entries in lists:
+        yield from (entry.model for entry in entries)
+    slices = [*stage.slices, *(s for m in stage.modules for s in m.slices)]
+    for ref in [stage.base_model, *(s.base_model for s in slices), *(r.copy for r in stage.tensors)]:
+        if ref is not None:
+            yield ref
+    if stage.tokenizer is not None and isinstance(stage.tokenizer.source, ModelRef):
+        yield stage.tokenizer.source
+
+
+def locate(ref: ModelRef, folder: Path | None) -> Path:
+    """Return the path that a reference means: beside the recipe, then in the working directory.
+
+    Raises:
+        MergeKitError: If there is none.
+    """
+    for base in (folder, Path()):
+        if base is not None and (base / ref.path).expanduser().exists():
+            return (base / ref.path).expanduser()
+    looked = f"beside the recipe ({folder}) and " if folder is not None else ""
+    raise CheckpointError(
+        f"no folder or file {ref.path!r}",
+        where=str(ref.mark),
+        hint=f"looked {looked}in the working directory; a model of the Hub must be downloaded "
+        f"first: hf download {ref.path} --local-dir DIR",
+    )
+
+
+class Inputs:
+    """The models of a recipe: checkpoints by path, stages by name.
+
+    Attributes:
+        errors: What could not be opened.
+        refs: How the recipe refers to each checkpoint first, by key.
+        donors: The model whose files the result of a stage takes, by the stage's name.
+    """
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.errors: list[MergeKitError] = []
+        self._folder = recipe.folder
+        self._stages = {stage.name for stage in recipe.stages[:-1] if stage.name}
+        self._by_path: dict[Path, Model] = {}
+        self._by_ref: dict[tuple[str, str | None, tuple[str, ...]], Model] = {}
+        self._made: dict[str, Model] = {}
+        self._broken: set[str] = set()
+        self.refs: dict[str, ModelRef] = {}
+        self.donors: dict[str, Model] = {}
+        for stage in recipe.stages:
+            for ref in references(stage):
+                self._open(ref)
+
+    @property
+    def models(self) -> list[Model]:
+        """The checkpoints, in the order of the recipe."""
+        return list(self._by_path.values())
+
+    def _open(self, ref: ModelRef) -> None:
+        if ref.path in self._stages or ref.path in self._broken or self._key(ref) in self._by_ref:
+            return
+        try:
+            if ref.adapters:
+                raise PlanError(
+                    f"{ref.text!r} names an adapter, and adapters cannot be applied yet",
+                    where=str(ref.mark),
+                    hint="merge it into its base with peft's merge_and_unload first",
+                )
+            path = locate(ref, self._folder)
+            real = path.resolve()
+            if real not in self._by_path:
+                key = f"input-{len(self._by_path) + 1}"
+                self._by_path[real] = from_checkpoint(key, open_checkpoint(path))
+                self.refs[key] = ref
+            self._by_ref[self._key(ref)] = self._by_path[real]
+        except MergeKitError as error:
+            self._broken.add(ref.path)
+            self.errors.append(error)
+
+    @staticmethod
+    def _key(ref: ModelRef) -> tuple[str, str | None, tuple[str, ...]]:
+        return ref.path, ref.revision, ref.adapters
+
+    def add_stage(self, model: Model) -> None:
+        """Make a stage's result known under its name."""
+        self._made[model.key] = model
+
+    def find(self, ref: ModelRef) -> Model:
+        """Return the model of a reference.
+
+        Raises:
+            PlanError: If a stage is referred to that could not be planned.
+        """
+        if ref.path in self._made:
+            return self._made[ref.path]
+        found = self._by_ref.get(self._key(ref))
+        if found is None:
+            hint = nearest(ref.path, [*self._stages, *self._made])
+            raise PlanError(f"no model {ref.text!r}", where=str(ref.mark), hint=hint)
+        return found
+
+    def as_values(self, base: Model | None) -> tuple[PlanInput, ...]:
+        """Return the inputs as the plan shows them."""
+        rows = []
+        for model in self.models:
+            checkpoint = model.checkpoint
+            assert checkpoint is not None
+            rows.append(
+                PlanInput(
+                    key=model.key,
+                    name=checkpoint.name,
+                    text=self.refs[model.key].text,
+                    root=checkpoint.root,
+                    files=tuple(f for c in checkpoint.components for f in c.files),
+                    is_base=model is base,
+                )
+            )
+        return tuple(rows)

@@ -1,0 +1,82 @@
+"""Which input tensors make which output tensor: models, slices, modules and rules as items."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from merge_kit.plan.models import Model
+from merge_kit.recipe.values import Entry, Mark, Parameters, TensorRule
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One model's tensor for an output tensor.
+
+    Attributes:
+        name: The tensor's full name in that model.
+        is_base: Whether it is the base model's.
+        substitute: Whether it stands in for a tied head that the model does not store.
+    """
+
+    entry: Entry
+    model: Model
+    name: str
+    is_base: bool
+    substitute: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One output tensor.
+
+    Attributes:
+        name: Full name in the output.
+        component: Folder of its component.
+        levels: Parameters of slice, module and recipe, the narrowest first.
+        t: Depth in [0, 1].
+        action: "merge" by `method`, or "copy" parts[0].
+        note: What the plan says about it.
+    """
+
+    name: str
+    component: str
+    parts: tuple[Part, ...]
+    levels: tuple[Parameters, ...]
+    t: float
+    method: str
+    mark: Mark
+    action: Literal["merge", "copy"] = "merge"
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Models that are merged together, and with what parameters.
+
+    Attributes:
+        entries: In the order of the recipe, an added base last.
+        base: The base model of this group, or None.
+    """
+
+    entries: tuple[Entry, ...]
+    models: tuple[Model, ...]
+    base: Model | None
+    levels: tuple[Parameters, ...]
+    method: str
+    mark: Mark
+
+    def pairs(self) -> Sequence[tuple[Entry, Model]]:
+        """Return entries with their models."""
+        return tuple(zip(self.entries, self.models, strict=True))
+
+
+def copied(item: Item, model: Model, name: str, entry: Entry, note: str) -> Item:
+    """Return an item as a copy of one model's tensor."""
+    part = Part(entry, model, name, is_base=True)
+    return replace(item, parts=(part,), action="copy", note=note)
+
+
+Rules = Sequence[TensorRule]
+Items = Mapping[str, Item]

@@ -1,0 +1,113 @@
+"""Models as the planner sees them: checkpoints on disk, or the results of other stages."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from merge_kit.architecture.config import read_config
+from merge_kit.architecture.stacks import Stack, described_stack, find_stacks, split_layer
+from merge_kit.core.tensors import TensorSpec
+from merge_kit.io.values import Checkpoint
+from merge_kit.plan.sources import Source, Stored
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """A tensor of a model.
+
+    Attributes:
+        component: Folder of the component that holds it, "" for the root.
+        spec: Name in the file; dtype as users know it, also where a stage feeds float32.
+        source: How to read it.
+    """
+
+    component: str
+    spec: TensorSpec
+    source: Source
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One component of a model: its folder, the stem of its files, its config.json."""
+
+    path: str
+    stem: str
+    config_text: str | None
+
+
+@dataclass(frozen=True, eq=False)
+class Model:
+    """A model by its tensors.
+
+    Attributes:
+        key: "input-1", or the name of the stage that makes it.
+        label: What messages call it.
+        tensors: By name, with the component's folder in front ("unet/conv.weight").
+        checkpoint: Where it lies; None for the result of a stage.
+    """
+
+    key: str
+    label: str
+    parts: tuple[Part, ...]
+    tensors: Mapping[str, Held]
+    checkpoint: Checkpoint | None = None
+    _by_layer: dict[str, dict[int, dict[str, str]]] = field(default_factory=dict, repr=False)
+
+    @cached_property
+    def specs(self) -> Mapping[str, TensorSpec]:
+        """Specs by full name."""
+        return {name: held.spec for name, held in self.tensors.items()}
+
+    @cached_property
+    def config(self) -> Mapping[str, object] | None:
+        """The main component's config.json."""
+        text = self.main.config_text
+        return None if text is None else read_config(text, f"{self.label}/config.json")
+
+    @property
+    def main(self) -> Part:
+        """The root's component, else the first."""
+        return next((part for part in self.parts if not part.path), self.parts[0])
+
+    @cached_property
+    def stacks(self) -> tuple[Stack, ...]:
+        """All layer stacks."""
+        return find_stacks(self.tensors)
+
+    @cached_property
+    def described(self) -> Stack | None:
+        """The stack that config.json describes."""
+        return described_stack(self.config, self.stacks)
+
+    def by_layer(self, stack: Stack) -> Mapping[int, Mapping[str, str]]:
+        """Return layer -> suffix -> full name for one stack."""
+        if stack.prefix not in self._by_layer:
+            layers: dict[int, dict[str, str]] = {}
+            for name in self.tensors:
+                found = split_layer(name, stack)
+                if found is not None:
+                    layers.setdefault(found[0], {})[found[1]] = name
+            self._by_layer[stack.prefix] = layers
+        return self._by_layer[stack.prefix]
+
+
+def full_name(component: str, name: str) -> str:
+    """Return a tensor's name with its component's folder in front."""
+    return f"{component}/{name}" if component else name
+
+
+def from_checkpoint(key: str, checkpoint: Checkpoint) -> Model:
+    """Return a checkpoint as a model."""
+    tensors = {
+        full_name(component.path, name): Held(
+            component.path,
+            stored.spec,
+            Stored(stored.span, stored.spec.dtype, stored.spec.shape),
+        )
+        for component in checkpoint.components
+        for name, stored in component.tensors.items()
+    }
+    parts = tuple(Part(c.path, c.stem, c.config_text) for c in checkpoint.components)
+    return Model(key, f"{key}:{checkpoint.name}", parts, tensors, checkpoint)

@@ -1,0 +1,197 @@
+"""An item as a step: shapes and dtypes checked, method evaluated, sources chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from merge_kit.core.dtypes import DTYPES, is_float, promoted
+from merge_kit.core.tensors import TensorSpec
+from merge_kit.errors import MergeKitError, MismatchError
+from merge_kit.methods.base import MergeMethod
+from merge_kit.methods.passthrough import Passthrough
+from merge_kit.plan.evaluate import Evaluator
+from merge_kit.plan.items import Item, Part
+from merge_kit.plan.models import Held
+from merge_kit.plan.sources import Merged, Source, Stored
+from merge_kit.plan.values import Step, Target
+from merge_kit.plan.walk import parts as source_parts
+from merge_kit.recipe.values import Stage
+
+FLOAT64_MODELS = 4
+"""Above so many models sums are in float64: float32 would miss law 4's bound."""
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """A tensor of a stage's result, and the step that makes it (None if it is passed through)."""
+
+    item: Item
+    held: Held
+    step: Step
+    fate: str
+
+
+class StepMaker:
+    """Turns the items of one stage into steps.
+
+    Args:
+        group: Number of the stage, for statistics over the whole model.
+    """
+
+    def __init__(self, stage: Stage, seed: int, group: int) -> None:
+        self.stage, self.seed, self.group = stage, seed, group
+        self._evaluator = Evaluator()
+
+    def make(self, item: Item) -> Made:
+        """Return the step of an item; targets are placed later.
+
+        Raises:
+            MergeKitError: If parts do not fit one another, or the method cannot take them.
+        """
+        _same_shape(item)
+        if item.action == "copy":
+            return self._copy(item, item.parts[0], ())
+        method, base, inputs = self._evaluator.method(item)
+        dtypes = [part.model.tensors[part.name].spec.dtype for part in item.parts]
+        if method.copies():
+            return self._passed(item, inputs[0], method)
+        if all(is_float(dtype) for dtype in dtypes):
+            return self._merge(item, method, base, inputs, dtypes)
+        return self._agreeing(item, dtypes)
+
+    def _out_dtype(self, dtypes: Sequence[str]) -> str:
+        named = self.stage.out_dtype or self.stage.dtype
+        return named or promoted(list(dtypes))
+
+    def _merge(
+        self,
+        item: Item,
+        method: MergeMethod,
+        base: Part | None,
+        inputs: tuple[Part, ...],
+        dtypes: list[str],
+    ) -> Made:
+        out = self._out_dtype(dtypes)
+        shape = _held(item.parts[0]).spec.shape
+        sources = [_source(part) for part in item.parts]
+        wide = "F64" in (out, *(s.dtype for s in sources)) or len(sources) > FLOAT64_MODELS
+        spec = TensorSpec(_held(item.parts[0]).spec.name, out, shape)
+        spec = replace(spec, name=_file_name(item))
+        step = Step(
+            action="merge",
+            outputs=(Target(item.name, spec, -1, 0),),
+            inputs=tuple(_source(part) for part in inputs),
+            models=tuple(part.model.label for part in inputs),
+            method=method,
+            base=None if base is None else _source(base),
+            weights=tuple(getattr(method, "weight", ()) or (1.0,) * len(inputs)),
+            compute="F64" if wide else "F32",
+            group=self.group,
+            seed=self.seed,
+            note=item.note,
+        )
+        named = self.stage.out_dtype or self.stage.dtype
+        merged = Merged(step, named or step.compute, shape)
+        return Made(item, Held(item.component, spec, merged), step, "merged")
+
+    def _passed(self, item: Item, part: Part, method: MergeMethod) -> Made:
+        """Return a copy, or a conversion where the output has another dtype."""
+        dtype = _held(part).spec.dtype
+        if is_float(dtype) and self._out_dtype([dtype]) != dtype:
+            return self._merge(item, method, None, (part,), [dtype])
+        return self._copy(item, part, ())
+
+    def _agreeing(self, item: Item, dtypes: list[str]) -> Made:
+        """Return a copy of an integer tensor that must be equal in all models."""
+        _refuse_arithmetic(item, dtypes)
+        base = next((part for part in item.parts if part.is_base), item.parts[0])
+        conflict = self.stage.on_conflict
+        if conflict != "error":
+            return self._copy(item, base if conflict == "base" else item.parts[0], ())
+        others = tuple(part for part in item.parts if part is not item.parts[0])
+        return self._copy(item, item.parts[0], others)
+
+    def _copy(self, item: Item, part: Part, others: tuple[Part, ...]) -> Made:
+        source, held = _source(part), _held(part)
+        spec = replace(held.spec, name=_file_name(item))
+        step = Step(
+            action="copy",
+            outputs=(Target(item.name, spec, -1, 0),),
+            inputs=(source,),
+            models=(part.model.label,),
+            agree=tuple(_source(other) for other in others),
+            agree_models=tuple(other.model.label for other in others),
+            group=self.group,
+            note=item.note,
+        )
+        if not isinstance(source, Stored):
+            step = _through(step, source, self.seed)
+        return Made(item, Held(item.component, spec, source), step, "copied")
+
+
+def _through(step: Step, source: Source, seed: int) -> Step:
+    """Return a copy of what another stage computes: its own step where that is possible."""
+    if isinstance(source, Merged) and not source_parts(source):
+        inner = source.step
+        if source.dtype in (step.outputs[0].spec.dtype, "F32", "F64"):
+            return replace(inner, outputs=step.outputs, note=step.note or inner.note, seed=seed)
+    wide: Literal["F32", "F64"] = "F64" if source.dtype == "F64" else "F32"
+    return replace(step, action="merge", method=Passthrough(), compute=wide, weights=(1.0,))
+
+
+def _held(part: Part) -> Held:
+    return part.model.tensors[part.name]
+
+
+def _source(part: Part) -> Source:
+    return _held(part).source
+
+
+def _file_name(item: Item) -> str:
+    prefix = f"{item.component}/" if item.component else ""
+    return item.name.removeprefix(prefix)
+
+
+def _same_shape(item: Item) -> None:
+    first = item.parts[0]
+    for part in item.parts[1:]:
+        one, other = _held(first).spec.shape, _held(part).spec.shape
+        if one != other:
+            raise MismatchError(
+                f"{first.model.label} has shape {list(one)}, {part.model.label} {list(other)}",
+                where=item.name,
+                hint=_shape_hint(one, other),
+            )
+
+
+def _shape_hint(one: tuple[int, ...], other: tuple[int, ...]) -> str:
+    if len(one) == len(other) == 2 and one[1] == other[1]:  # noqa: PLR2004
+        return (
+            "do the vocabularies differ? bring both to one vocabulary first, or take this tensor "
+            "from one model (`tensors: [{match: ..., copy: MODEL}]`), or leave that model out"
+        )
+    return "are the models of one size? `mergekit inspect A B` lists what differs"
+
+
+def _refuse_arithmetic(item: Item, dtypes: list[str]) -> None:
+    kinds = {DTYPES[dtype].kind for dtype in dtypes}
+    shown = ", ".join(
+        f"{part.model.label} {dtype}" for part, dtype in zip(item.parts, dtypes, strict=True)
+    )
+    error: MergeKitError | None = None
+    if "scaled" in kinds:
+        error = MismatchError(
+            f"cannot be merged as it is: {shown}; these values mean nothing without their scales",
+            where=item.name,
+            hint="convert the model to bfloat16 first; passthrough can copy it",
+        )
+    elif len(set(dtypes)) > 1:
+        error = MismatchError(
+            f"has dtypes that do not mix: {shown}",
+            where=item.name,
+            hint="take it from one model (`tensors: [{match: ..., copy: MODEL}]`)",
+        )
+    if error is not None:
+        raise error
