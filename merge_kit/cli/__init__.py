@@ -1,1 +1,7 @@
-"""The command line."""
+"""The command line: click commands over the library, errors as messages and exit codes."""
+
+from __future__ import annotations
+
+from merge_kit.cli.entry import main
+
+__all__ = ["main"]

@@ -66,7 +66,6 @@ def plan() -> Plan:
     return Plan(
         method="linear",
         steps=steps,
-        spills=(),
         shards=(Shard("model.safetensors", b"12345678{}", 34),),
         side_files=(
             SideFile("tokenizer.json", source=Path("/models/tokenizer.json")),
