@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-_TITLE = re.compile(r"([A-Z][A-Za-z ]*):(?: (.*))?")
+_TITLE = re.compile(r"([A-Z]\w*(?: \w+){0,3}):(?: (.*))?")
 _ENTRY = re.compile(r"(\w+): (.*)")
 
 

@@ -35,7 +35,7 @@ def show_method(name: str, *, as_json: bool) -> None:
         print_json(method_json(method))
         return
     doc = read_docstring(method)
-    print(f"{name}: {doc.summary}\n")
+    print(paragraph_of(f"{name}: {doc.summary}") + "\n")
     for paragraph in doc.paragraphs:
         print(paragraph_of(paragraph) + "\n")
     print(table(list(_rows(method, doc))))
