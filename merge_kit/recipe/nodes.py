@@ -144,8 +144,5 @@ def from_python(value: object, source: str, path: Path = ()) -> Node:
     if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
         entries = {k: from_python(v, source, (*path, k)) for k, v in value.items()}
         return Node(entries, mark, path, mark)
-    raise RecipeError(
-        f"found a value of type {type(value).__name__}, expected text, a number, true, false, a list, or a"
-        " mapping with text keys",
-        where=str(mark),
-    )
+    kind, expected = type(value).__name__, "text, numbers, bools, lists and mappings with text keys"
+    raise RecipeError(f"found a value of type {kind}, expected {expected}", where=str(mark))
