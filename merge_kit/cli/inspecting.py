@@ -46,8 +46,8 @@ def _rows(facts: Facts) -> Iterator[Row]:
     yield Row("dtypes", _counted(facts.dtypes))
     yield from labelled("weights", [_component(path, files) for path, files in facts.shards])
     yield from labelled("layers", facts.layer_texts())
-    if facts.tied is not None:
-        yield Row("head", "is the embedding (tied)" if facts.tied else "has its own weights")
+    if facts.head_text():
+        yield Row("head", facts.head_text())
     if facts.vocabulary is not None:
         yield Row("vocabulary", f"{facts.vocabulary:,} tokens")
     names = facts.side_files

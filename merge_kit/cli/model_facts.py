@@ -9,7 +9,7 @@ from typing import Any
 
 from merge_kit.architecture.sections import main_section
 from merge_kit.architecture.stacks import Stack
-from merge_kit.architecture.ties import is_tied
+from merge_kit.architecture.ties import embedding_for, head_name, is_tied
 from merge_kit.core.tensors import TensorSpec
 from merge_kit.io.values import Checkpoint
 from merge_kit.plan.models import from_checkpoint
@@ -27,7 +27,9 @@ class Facts:
         tensors: By name with the component's folder in front ("unet/conv.weight").
         shards: Component's folder ("" for the root) and names of its weight files.
         described: The stack whose length config.json holds, or None.
-        tied: Whether the head is the embedding; None without a config that says so.
+        head: The output head that is stored, or None.
+        embedding: The embedding that would stand in for a head, or None.
+        tied: Whether config.json ties the head to the embedding; None without one.
         vocabulary: `vocab_size` of config.json, or None.
     """
 
@@ -39,6 +41,8 @@ class Facts:
     shards: tuple[tuple[str, tuple[str, ...]], ...]
     stacks: tuple[Stack, ...]
     described: Stack | None
+    head: str | None
+    embedding: str | None
     tied: bool | None
     vocabulary: int | None
     side_files: tuple[str, ...]
@@ -68,6 +72,13 @@ class Facts:
         own = ", as config.json says" if stack == self.described and self.architecture else ""
         return f"{len(stack.layers):,}{numbered}{place}{own}"
 
+    def head_text(self) -> str:
+        """Return what is known of the output head, "" if there is no sign of one."""
+        if self.head is not None:
+            tied = ", stored although config.json ties it to the embedding" if self.tied else ""
+            return self.head + tied
+        return f"tied to {self.embedding}" if self.tied and self.embedding else ""
+
     def as_json(self, *, tensors: bool) -> dict[str, Any]:
         """Return the facts as values that `json.dumps` takes."""
         facts: dict[str, Any] = {
@@ -82,6 +93,8 @@ class Facts:
             "components": [{"path": path, "files": list(files)} for path, files in self.shards],
             "stacks": [{"prefix": s.prefix, "layers": list(s.layers)} for s in self.stacks],
             "layers": None if self.described is None else len(self.described.layers),
+            "head": self.head,
+            "embedding": self.embedding,
             "tied": self.tied,
             "vocabulary": self.vocabulary,
             "side_files": list(self.side_files),
@@ -129,6 +142,7 @@ def facts_of(checkpoint: Checkpoint) -> Facts:
     model = from_checkpoint("model", checkpoint)
     config = model.config or {}
     section = main_section(config) if config else None
+    head = head_name(model.specs)
     vocabulary = (section.config if section else config).get("vocab_size")
     return Facts(
         name=checkpoint.name,
@@ -139,7 +153,9 @@ def facts_of(checkpoint: Checkpoint) -> Facts:
         shards=tuple((c.path, tuple(f.name for f in c.files)) for c in checkpoint.components),
         stacks=model.stacks,
         described=model.described,
-        tied=is_tied(model.config, model.tensors),
+        head=head,
+        embedding=embedding_for(head or "lm_head.weight", model.specs),
+        tied=is_tied(model.config),
         vocabulary=vocabulary if isinstance(vocabulary, int) else None,
         side_files=checkpoint.side_files,
         left_out=checkpoint.left_out,
