@@ -6,6 +6,8 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 
+import torch
+
 from merge_kit.engine.workspace import Workspace
 
 Task = Callable[[Workspace], "Sequence[Task]"]
@@ -65,7 +67,10 @@ class Pool:
                 self._turn.wait(0.5)
 
     def _work(self) -> None:
-        work = Workspace()
+        with torch.inference_mode():
+            self._tasks(Workspace())
+
+    def _tasks(self, work: Workspace) -> None:
         while (task := self._next()) is not None:
             more: Sequence[Task] = ()
             try:

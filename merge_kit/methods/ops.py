@@ -6,6 +6,7 @@ Models are combined one after the other; reductions over the models axis are not
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import atan2, sqrt
 from typing import TYPE_CHECKING
 
 from merge_kit.errors import ParameterError
@@ -29,12 +30,23 @@ def weighted_sum(rows: Tensor, weights: Sequence[float], start: Tensor | None = 
     return total if start is None else total.add_(start)
 
 
-def row_dots(left: Tensor, right: Tensor) -> Tensor:
-    """Return the dot product of each row in float64, (rows,), of two (rows, columns)."""
-    dots = torch.empty(left.shape[0], dtype=torch.float64)
-    for i, (one, other) in enumerate(zip(left, right, strict=True)):
-        dots[i] = torch.dot(one.double(), other.double())
-    return dots
+def row_angles(left: Tensor, right: Tensor) -> list[float | None]:
+    """Return the angle between each pair of rows of two (rows, columns); None if one is zero.
+
+    Row by row, in float64: the angle of one row does not depend on how many there are.
+    """
+    angles: list[float | None] = []
+    for one, other in zip(left, right, strict=True):
+        u, v = one.double(), other.double()
+        lengths = float(torch.dot(u, u)), float(torch.dot(v, v))
+        if min(lengths) <= 0:
+            angles.append(None)
+            continue
+        u, v = u / sqrt(lengths[0]), v / sqrt(lengths[1])
+        apart, together = u - v, u + v
+        between = sqrt(float(torch.dot(apart, apart))), sqrt(float(torch.dot(together, together)))
+        angles.append(2 * atan2(*between))
+    return angles
 
 
 def total_weight(weights: Sequence[float]) -> float:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import asin, atan2, pi, sqrt
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from merge_kit.core.tensors import BLOCK
@@ -107,6 +108,46 @@ class Gram(Reduction):
     def finish(self, total: Any, carry: Any) -> Done:
         del carry
         return Done(total.total)
+
+
+class _PairSums(_GramSums):
+    """The Gram matrix of a pair, or on the second pass the squared length of u + v."""
+
+    def __init__(self, lengths: tuple[float, float] | None) -> None:
+        super().__init__()
+        self._lengths = lengths
+
+    def add(self, values: Tensor) -> None:
+        if self._lengths is None:
+            super().add(values)
+            return
+        for block in blocks(values):
+            wide = block.double()
+            both = (wide[0] / self._lengths[0]).add_(wide[1] / self._lengths[1])
+            self._plus(torch.dot(both, both).reshape(1))
+
+
+@dataclass(frozen=True, slots=True)
+class Angle(Reduction):
+    """The angle between the two rows that are scanned, in radians; None if one is zero.
+
+    Close to opposite rows take a second pass: there the cosine says too little about the angle.
+    """
+
+    def accumulator(self, carry: Any) -> Accumulator:
+        return _PairSums(carry)
+
+    def finish(self, total: Any, carry: Any) -> Done | Again:
+        if carry is not None:
+            return Done(pi - 2 * asin(min(1.0, sqrt(float(total.total)) / 2)))
+        (aa, ab), (_, bb) = total.total.tolist()
+        if aa <= 0 or bb <= 0:
+            return Done(None)
+        cosine = ab / (sqrt(aa) * sqrt(bb))
+        if cosine < -0.9:
+            return Again((sqrt(aa), sqrt(bb)))
+        sine = sqrt(max(0.0, (1 - cosine) * (1 + cosine)))
+        return Done(atan2(sine, cosine))
 
 
 class _RowSums(_Sums):

@@ -4,31 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import atan2, sin, sqrt
+from math import sin
 from typing import TYPE_CHECKING, ClassVar
 
 from merge_kit.methods import ops
 from merge_kit.methods.base import Grain, Law, MergeMethod, Scan, Scans, Slab
 from merge_kit.methods.lazy import torch
-from merge_kit.methods.reductions import Gram
+from merge_kit.methods.reductions import Angle
 from merge_kit.methods.registry import register
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-def coefficients(aa: float, bb: float, ab: float, t: float) -> tuple[float, float]:
-    """Return the factors of a and b, from their dot products.
+def coefficients(theta: float | None, t: float) -> tuple[float, float]:
+    """Return the factors of both ends of an arc of angle theta, at t.
 
-    Zero vectors, and angles with sin(theta) <= 1e-6 (parallel or opposite), interpolate linearly.
+    Linear for zero vectors (theta None), and where sin(theta) <= 1e-6 (parallel or opposite).
     """
-    if aa <= 0 or bb <= 0:
+    if theta is None or sin(theta) <= 1e-6:
         return 1 - t, t
-    cosine = ab / (sqrt(aa) * sqrt(bb))
-    sine = sqrt(max(0.0, (1 - cosine) * (1 + cosine)))
-    if sine <= 1e-6:
-        return 1 - t, t
-    theta = atan2(sine, cosine)
     return sin((1 - t) * theta) / sin(theta), sin(t * theta) / sin(theta)
 
 
@@ -52,7 +47,7 @@ class Slerp(MergeMethod):
         t: 0 gives the base, 1 the other model; any finite number.
         flatten: Whether a tensor is one vector; false: each row (last axis) is a vector.
 
-    Cost: two passes; one where rows are vectors.
+    Cost: two passes (three close to opposite); one where rows are vectors.
     Source: Shoemake 1985, Animating rotation with quaternion curves,
         https://doi.org/10.1145/325334.325242
     """
@@ -71,21 +66,19 @@ class Slerp(MergeMethod):
         return "element" if self.flatten else "row"
 
     def scans(self) -> Sequence[Scan]:
-        """Return the dot products of base and model, if tensors are whole vectors."""
-        return [Scan("gram", Gram(), of=_pair)] if self.flatten else []
+        """Return the angle between base and model, if tensors are whole vectors."""
+        return [Scan("angle", Angle(), of=_pair)] if self.flatten else []
 
     def merge(self, slab: Slab, scans: Scans) -> Tensor:
         """Return the interpolated slab."""
         assert slab.base is not None  # needs_base
         other = slab.tensors[0]
         if self.flatten:
-            gram = scans["gram"]
-            a, b = coefficients(float(gram[0, 0]), float(gram[1, 1]), float(gram[0, 1]), self.t)
+            a, b = coefficients(scans["angle"], self.t)
             return other.mul_(b).add_(slab.base, alpha=a)
         rows, base = other.view(-1, slab.columns), slab.base.view(-1, slab.columns)
-        aa, bb, ab = ops.row_dots(base, base), ops.row_dots(rows, rows), ops.row_dots(base, rows)
-        for i in range(rows.shape[0]):
-            a, b = coefficients(float(aa[i]), float(bb[i]), float(ab[i]), self.t)
+        for i, theta in enumerate(ops.row_angles(base, rows)):
+            a, b = coefficients(theta, self.t)
             rows[i].mul_(b).add_(base[i], alpha=a)
         return other
 

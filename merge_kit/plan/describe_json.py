@@ -39,7 +39,6 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         "side_files": _value(plan.side_files, files),
         "layer_map": _value(plan.layer_map, files),
         "steps": _value(plan.steps, files),
-        "spills": _value(plan.spills, files),
         "fates": _value(plan.fates, files),
         "notes": list(plan.notes),
     }

@@ -67,16 +67,6 @@ class Step:
 
 
 @dataclass(frozen=True, slots=True)
-class Spill:
-    """A tensor of a feeding stage that is kept in the scratch file, in its stage's dtype."""
-
-    step: Step
-    dtype: str
-    offset: int
-    nbytes: int
-
-
-@dataclass(frozen=True, slots=True)
 class Shard:
     """One output file.
 
@@ -171,7 +161,6 @@ class Plan:
     Attributes:
         method: The output stage's method, by name.
         steps: In write order.
-        spills: Tensors to make before the steps, in an order in which each finds what it needs.
         fates: Every tensor of every input.
         architecture: `model_type` of config.json, or "".
         layers: Layers of the described stack in the output, or None.
@@ -184,7 +173,6 @@ class Plan:
 
     method: str
     steps: tuple[Step, ...]
-    spills: tuple[Spill, ...]
     shards: tuple[Shard, ...]
     side_files: tuple[SideFile, ...]
     inputs: tuple[PlanInput, ...]

@@ -107,7 +107,7 @@ class Slice:
     sources: tuple[Entry, ...]
     mark: Mark
     base_model: ModelRef | None = None
-    parameters: Parameters = NO_PARAMETERS
+    parameters: Parameters = field(default_factory=lambda: NO_PARAMETERS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +118,7 @@ class Module:
     mark: Mark
     models: tuple[Entry, ...] = ()
     slices: tuple[Slice, ...] = ()
-    parameters: Parameters = NO_PARAMETERS
+    parameters: Parameters = field(default_factory=lambda: NO_PARAMETERS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +134,7 @@ class TensorRule:
     match: str
     mark: Mark
     merge_method: str | None = None
-    parameters: Parameters = NO_PARAMETERS
+    parameters: Parameters = field(default_factory=lambda: NO_PARAMETERS)
     models: tuple[Entry, ...] | None = None
     copy: ModelRef | None = None
     drop: bool = False
@@ -169,7 +169,7 @@ class Stage:
     slices: tuple[Slice, ...] = ()
     modules: tuple[Module, ...] = ()
     tensors: tuple[TensorRule, ...] = ()
-    parameters: Parameters = NO_PARAMETERS
+    parameters: Parameters = field(default_factory=lambda: NO_PARAMETERS)
     dtype: str | None = None
     out_dtype: str | None = None
     tokenizer: TokenizerChoice | None = None
