@@ -23,10 +23,12 @@ MAX_HEADER_BYTES = 100_000_000
 """The format's own limit."""
 
 _FETCH = "is the download complete? fetch the file again"
+_CONVERT = "give it the ending .bin and run: mergekit convert"
 _OTHER_FORMATS: tuple[tuple[bytes, str, str], ...] = (
     (b"version ", "is a Git LFS pointer, not the file it stands for", "run: git lfs pull"),
-    (b"PK\x03\x04", "is a zip archive, probably a pickled checkpoint", "run: mergekit convert"),
-    (b"\x80\x02", "is a pickle", "run: mergekit convert"),
+    (b"PK\x03\x04", "is a zip archive, probably pickled weights", _CONVERT),
+    (b"\x80\x02", "is a pickle", _CONVERT),
+    (b"\x80\x04", "is a pickle", _CONVERT),
     (b"GGUF", "is a GGUF file", "convert it to safetensors first"),
     (b"<!", "is a web page", _FETCH),
     (b"<html", "is a web page", _FETCH),
