@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from merge_kit.architecture.roles import outside_role
 from merge_kit.architecture.stacks import Stack, layer_name, split_layer
-from merge_kit.architecture.ties import embedding_for
+from merge_kit.architecture.ties import embedding_for, is_head, is_tied
 from merge_kit.errors import MismatchError, PlanError
 from merge_kit.methods.registry import find
 from merge_kit.plan.findings import Findings
@@ -107,11 +107,11 @@ class Assembler:
             if name in model.tensors:
                 parts.append(Part(entry, model, name, is_base))
                 continue
-            stand_in = embedding_for(name, model.specs)
+            holder = next((m for m, n in names.items() if n in m.tensors), model)
+            stand_in = _tied_embedding(model, holder, name)
             if stand_in is not None:
                 parts.append(Part(entry, model, stand_in, is_base, substitute=True))
             else:
-                holder = next((m for m, n in names.items() if n in m.tensors), model)
                 self._missing[model.label, holder.label].append(name)
         return tuple(parts)
 
@@ -127,9 +127,9 @@ class Assembler:
             base = part.base_model or self.stage.base_model
             own = (part.parameters, *levels)
             group = self.group(part.sources, own, base=base, add_base=False)
-            groups.append(group)
             if not self._can_slice(part, group, stack):
                 continue
+            groups.append(group)
             spans = [entry.layers for entry in group.entries if entry.layers is not None]
             count = len(spans[0])
             for k in range(count):
@@ -139,6 +139,8 @@ class Assembler:
                 firsts.append(at[0])
                 t = k / (count - 1) if count > 1 else 1.0
                 layers += self._layer(group, stack, out, at, t)
+        if len(groups) < len(slices):
+            return [], [], []
         before = self._outside(groups[0], stack, keep, "before")
         after = self._outside(groups[-1], stack, keep, "after")
         return [*before, *layers, *after], origins, firsts
@@ -226,6 +228,13 @@ class Assembler:
 def stack_of(model: Model, stack: Stack) -> Stack | None:
     """Return a model's stack of the same place: of that name, else the one config describes."""
     return next((s for s in model.stacks if s.prefix == stack.prefix), model.described)
+
+
+def _tied_embedding(model: Model, holder: Model, name: str) -> str | None:
+    """Return what stands in for a head that a tied model does not store."""
+    if not is_head(name) or is_tied(model.config) is not True or name not in holder.tensors:
+        return None
+    return embedding_for(name, model.specs, holder.specs[name].shape)
 
 
 def _layer_names(model: Model, stack: Stack | None, layer: int) -> dict[str, str]:

@@ -103,9 +103,11 @@ def _check_inputs(
     if len(inputs) >= kind.min_inputs and (most is None or len(inputs) <= most):
         return
     beside = " beside the base" if kind.needs_base else ""
-    wanted = str(kind.min_inputs) if most == kind.min_inputs else f"at least {kind.min_inputs}"
-    if len(inputs) > kind.min_inputs:
-        wanted = f"at most {most}"
+    if most == kind.min_inputs:
+        wanted = str(most)
+    else:
+        few = len(inputs) < kind.min_inputs
+        wanted = f"at least {kind.min_inputs}" if few else f"at most {most}"
     names = ", ".join(part.model.label for part in inputs) or "none"
     raise PlanError(
         f"{item.method} takes {wanted} model{'s' if wanted[-1] != '1' else ''}{beside}, "

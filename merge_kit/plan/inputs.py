@@ -10,23 +10,14 @@ from merge_kit.errors import CheckpointError, MergeKitError, PlanError
 from merge_kit.io.checkpoint import open_checkpoint
 from merge_kit.plan.models import Model, from_checkpoint
 from merge_kit.plan.values import PlanInput
+from merge_kit.recipe.stages import entries, references
 from merge_kit.recipe.values import ModelRef, Recipe, Stage
 
 
-def references(stage: Stage) -> Iterator[ModelRef]:
-    """Yield every model that a stage names, in the order of the recipe, repeats included."""
-    lists = [stage.models, *(s.sources for s in stage.slices)]
-    for module in stage.modules:
-        lists += [module.models, *(s.sources for s in module.slices)]
-    lists += [rule.models or () for rule in stage.tensors]
-    for entries in lists:
-        yield from (entry.model for entry in entries)
-    slices = [*stage.slices, *(s for m in stage.modules for s in m.slices)]
-    for ref in [stage.base_model, *(s.base_model for s in slices), *(r.copy for r in stage.tensors)]:
-        if ref is not None:
-            yield ref
-    if stage.tokenizer is not None and isinstance(stage.tokenizer.source, ModelRef):
-        yield stage.tokenizer.source
+def listed(stage: Stage) -> Iterator[ModelRef]:
+    """Yield every model that a stage names, those in lists first; repeats included."""
+    yield from (entry.model for entry in entries(stage))
+    yield from references(stage)
 
 
 def locate(ref: ModelRef, folder: Path | None) -> Path:
@@ -67,7 +58,7 @@ class Inputs:
         self.refs: dict[str, ModelRef] = {}
         self.donors: dict[str, Model] = {}
         for stage in recipe.stages:
-            for ref in references(stage):
+            for ref in listed(stage):
                 self._open(ref)
 
     @property

@@ -11,7 +11,7 @@ from merge_kit.core.names import glob_matches, nearest
 from merge_kit.errors import PlanError
 from merge_kit.plan.assemble import Assembler, Assembly
 from merge_kit.plan.findings import Findings
-from merge_kit.plan.inputs import Inputs, references
+from merge_kit.plan.inputs import Inputs, listed
 from merge_kit.plan.items import Item, Part
 from merge_kit.plan.models import Model
 from merge_kit.recipe.values import NO_PARAMETERS, Entry, Module, Stage, TensorRule
@@ -20,7 +20,7 @@ from merge_kit.recipe.values import NO_PARAMETERS, Entry, Module, Stage, TensorR
 def assemble(stage: Stage, inputs: Inputs, findings: Findings) -> Assembly:
     """Return every output tensor of a stage with where it comes from."""
     maker = Assembler(stage, inputs, findings)
-    donor = maker.base or inputs.find(next(references(stage)))
+    donor = maker.base or inputs.find(next(listed(stage)))
     result = Assembly(stage, donor, maker.base)
     if stage.tensors:
         result.items = _ruled(stage, maker, donor)
@@ -78,7 +78,7 @@ def _modules(maker: Assembler, result: Assembly, findings: Findings) -> None:
         result.items += _module(maker, result, module, keys)
     left = [name for name, module in owner.items() if module is None]
     if left:
-        entry = Entry(stage.base_model or next(references(stage)), NO_PARAMETERS, stage.mark)
+        entry = Entry(stage.base_model or next(listed(stage)), NO_PARAMETERS, stage.mark)
         findings.note(f"{len(left)} tensors of no named module are copied from {donor.label}")
         result.items += [_copy(maker, name, donor, entry, "of no named module") for name in left]
     order = {name: i for i, name in enumerate(donor.tensors)}
@@ -129,8 +129,8 @@ def _copy(maker: Assembler, name: str, model: Model, entry: Entry, note: str) ->
 
 def _ruled(stage: Stage, maker: Assembler, donor: Model) -> list[Item]:
     """Return the base's tensors, changed where a rule matches, and what rules add to them."""
-    base_entry = Entry(stage.base_model or next(references(stage)), NO_PARAMETERS, stage.mark)
-    others = [maker.inputs.find(ref) for ref in references(stage)]
+    base_entry = Entry(stage.base_model or next(listed(stage)), NO_PARAMETERS, stage.mark)
+    others = [maker.inputs.find(ref) for ref in listed(stage)]
     names = dict.fromkeys(name for model in [donor, *others] for name in model.tensors)
     items, matched = [], set()
     for name in names:

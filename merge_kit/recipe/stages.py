@@ -24,11 +24,12 @@ def references(stage: Stage) -> Iterator[ModelRef]:
     for rule in stage.tensors:
         if rule.copy is not None:
             yield rule.copy
-    for entry in _entries(stage):
+    for entry in entries(stage):
         yield entry.model
 
 
-def _entries(stage: Stage) -> Iterator[Entry]:
+def entries(stage: Stage) -> Iterator[Entry]:
+    """Yield every model that a stage lists, in the order of the recipe."""
     yield from stage.models
     for part in stage.slices:
         yield from part.sources
