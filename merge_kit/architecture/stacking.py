@@ -1,0 +1,217 @@
+"""The config.json of a model whose layers are taken from others: count, lists, periods follow."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from merge_kit.architecture.config import Edit, edit_config, read_config
+from merge_kit.architecture.layer_rules import RULES, Rule, Values
+from merge_kit.architecture.per_layer import Place, layer_edits
+from merge_kit.architecture.per_layer_forms import FORM_BY_NAME, is_absent
+from merge_kit.architecture.sections import Section, is_int, mirrors, section_of, side_of
+from merge_kit.architecture.shared_kv import shared_kv_edits
+from merge_kit.architecture.stacks import Stack
+from merge_kit.errors import PlanError
+
+EXTRA_KEYS = ("num_nextn_predict_layers", "num_mtp_layers")
+"""Layers that some checkpoints store behind those that the config counts."""
+
+WHERE = "config.json"
+
+
+@dataclass(frozen=True, slots=True)
+class _Target:
+    """A part of the donor's config, and the output's layers as they stand in their configs."""
+
+    section: Section
+    prefix: str
+    donor: Place
+    places: tuple[Place, ...]
+
+    @property
+    def counted(self) -> tuple[Place, ...]:
+        """The layers that the config counts, without the extra ones behind them."""
+        return tuple(place for place in self.places if place.layer < place.layers)
+
+
+def stacked_config(donor_text: str, stack: Stack, origins: Sequence[tuple[str, int]]) -> str:
+    """Return the donor's config for a stack of other layers, everything else byte for byte.
+
+    The layer count is patched under whatever keys hold it; lists with one entry a layer, masks
+    and index lists are rebuilt from the configs that the layers come from; numbers that give
+    layers a meaning by position are kept or adjusted if each layer keeps its meaning. Where the
+    layers are the donor's own in their order, the text is returned unchanged. Extra layers behind
+    the counted ones (multi-token prediction) may follow at the end; `num_nextn_predict_layers` is
+    then the number of those in the output.
+
+    Args:
+        donor_text: config.json of the model that gives the config.
+        stack: The stack, as found in the donor's names.
+        origins: For each output layer, the config.json of the model that it comes from and its
+            number there.
+
+    Raises:
+        CheckpointError: If a config cannot be read.
+        PlanError: If a config does not describe the stack, or a key cannot follow the layers; it
+            names the key and the first layer that breaks.
+    """
+    targets = _targets(donor_text, stack, origins)
+    if _is_identity(donor_text, origins, targets[0]):
+        return donor_text
+    edits: list[Edit] = []
+    for target in targets:
+        edits += _count_edits(target, stack)
+        follow = list(_layer_edits(target))
+        edits += follow
+        edits += _rule_edits(target, {edit.path[-1] for edit in follow})
+        path = target.section.path
+        edits += shared_kv_edits(target.section.config, target.counted, path)
+    return edit_config(donor_text, edits)
+
+
+def _targets(
+    donor_text: str, stack: Stack, origins: Sequence[tuple[str, int]]
+) -> tuple[_Target, ...]:
+    texts = dict.fromkeys((donor_text, *(text for text, _ in origins)))
+    sections = {text: _sections(text, stack) for text in texts}
+    targets = []
+    for section in sections[donor_text]:
+        places = []
+        for text, layer in origins:
+            own = next((s for s in sections[text] if s.path == section.path), sections[text][0])
+            places.append(_place(own, stack, layer))
+        donor = _place(section, stack, 0)
+        targets.append(_Target(section, stack.prefix, donor, tuple(places)))
+    counts = targets[0].donor.layers
+    if stack.count < counts:
+        problem = f"the config counts {counts} layers, {stack.prefix} holds {stack.count}"
+        hint = "a model whose layers share their weights cannot be rearranged"
+        raise PlanError(problem, where=WHERE, hint=hint)
+    _check_order(targets[0])
+    return tuple(targets)
+
+
+def _sections(text: str, stack: Stack) -> tuple[Section, ...]:
+    """Return the objects of a config that describe the stack, the nearest first."""
+    config = read_config(text, WHERE)
+    section = section_of(config, stack.prefix, stack.count)
+    if section is None or not (section.path or section.is_counted):
+        problem = f"no layer count for {stack.prefix or 'the numbered layers'}, expected one"
+        hint = "its layers can be merged in their own order, but not rearranged"
+        raise PlanError(problem, where=WHERE, hint=hint)
+    return mirrors(config, section, stack.prefix)
+
+
+def _place(section: Section, stack: Stack, layer: int) -> Place:
+    layers = section.count(stack.prefix)
+    layers = stack.count if layers is None else layers
+    extra = max((section.config[k] for k in EXTRA_KEYS if is_int(section.config.get(k))), default=0)
+    if not 0 <= layer < max(layers + extra, 1):
+        problem = f"layer {layer} of {stack.prefix} is asked for, the config counts {layers} layers"
+        raise PlanError(problem, where=WHERE, hint=f"take layers 0 to {layers - 1}")
+    return Place(section.config, layer, layers, extra)
+
+
+def _check_order(target: _Target) -> None:
+    """Refuse extra layers that would stand before ordinary ones."""
+    extra = [place.layer >= place.layers for place in target.places]
+    if extra != sorted(extra):
+        i = extra.index(True)
+        problem = (
+            f"{_extra_key(target.places[i])} says that layer {target.places[i].layer} of its model "
+            f"is an extra one; it becomes output layer {i}, before ordinary ones"
+        )
+        raise PlanError(problem, where=WHERE, hint="put extra layers last, or leave them out")
+
+
+def _extra_key(place: Place) -> str:
+    return next(key for key in EXTRA_KEYS if is_int(place.config.get(key)))
+
+
+def _is_identity(donor_text: str, origins: Sequence[tuple[str, int]], target: _Target) -> bool:
+    own = all(text == donor_text for text, _ in origins)
+    layers = [layer for _, layer in origins]
+    return own and layers == list(range(len(layers))) and len(layers) in target.donor.lengths
+
+
+def _count_edits(target: _Target, stack: Stack) -> Iterator[Edit]:
+    """Yield the edits of the layer count, and of the count of extra layers stored behind."""
+    section, old, new = target.section, target.donor.layers, len(target.counted)
+    held = section.count_keys(target.prefix)
+    keys = held or ("num_hidden_layers",)
+    values: dict[str, int] = dict.fromkeys(keys, new)
+    side = side_of(target.prefix)
+    paired = section.config.get("is_encoder_decoder") is True and keys[0] == "num_layers"
+    if paired and side:  # without a count of its own, the decoder has as many layers as the encoder
+        values = {"num_decoder_layers": new if side == "decoder" else old}
+        values |= dict.fromkeys(keys, new) if side == "encoder" else {}
+    if stack.count > old:
+        extra = len(target.places) - new
+        values |= {key: extra for key in EXTRA_KEYS if is_int(section.config.get(key))}
+    for key, value in values.items():
+        if section.config.get(key) != value:
+            yield Edit((*section.path, key), value)
+
+
+def _layer_edits(target: _Target) -> Iterator[Edit]:
+    section = target.section
+    for key, value in section.config.items():
+        named = FORM_BY_NAME.search(key) and isinstance(value, list) and "mtp" not in key
+        if named and len(value) not in target.donor.lengths:
+            problem = f"{key} has {len(value)} entries for {target.donor.layers} layers"
+            raise PlanError(problem, where=WHERE, hint="repair the config of the model")
+    other_side = section.other_side(target.prefix)
+    yield from layer_edits(target.donor, target.places, section.path, other_side)
+
+
+def _rule_edits(target: _Target, followed: set[str]) -> Iterator[Edit]:
+    """Yield edits of the keys that give layers a meaning by position."""
+    config, other_side = target.section.config, target.section.other_side(target.prefix)
+    for rule in RULES:
+        listed = (key in followed or not is_absent(key, config.get(key)) for key in rule.lists)
+        elsewhere = other_side and next(iter(rule.keys)).startswith(other_side)
+        if any(listed) or elsewhere:
+            continue
+        new = _kept_or_adjusted(rule, target)
+        for key, value in new.items():
+            yield Edit((*target.section.path, key), value)
+
+
+def _kept_or_adjusted(rule: Rule, target: _Target) -> Mapping[str, object]:
+    """Return the keys of a rule that must change, with their new values.
+
+    Raises:
+        PlanError: If no values give every output layer the meaning that it has in its own model.
+    """
+    wanted = []
+    for place in target.counted:
+        held = rule.values(place.config)
+        wanted.append(rule.off if held is None else rule.label(held, place.layer, place.layers))
+    values = rule.values(target.section.config)
+    if values is None:
+        broken = next((i for i, kind in enumerate(wanted) if kind != rule.off), None)
+        if broken is None:
+            return {}
+        raise _refusal(rule, target, values, broken)
+    broken = rule.first_break(values, wanted)
+    if broken is None:
+        return {}
+    for tried in rule.solve(values, wanted):
+        if rule.first_break({**values, **tried}, wanted) is None:
+            return {key: value for key, value in tried.items() if value != values[key]}
+    raise _refusal(rule, target, values, broken)
+
+
+def _refusal(rule: Rule, target: _Target, values: Values | None, layer: int) -> PlanError:
+    place = target.counted[layer]
+    held = {key: value for key, value in (values or {}).items() if value is not None}
+    says = ", ".join(f"{key} {value!r}" for key, value in held.items()) or "nothing"
+    problem = (
+        f"{next(iter(held or rule.keys))} cannot follow this order of layers: output layer {layer} "
+        f"(layer {place.layer} of its model) would change its kind; the config says {says}"
+    )
+    hint = "choose layers that keep their place in the pattern"
+    if rule.lists:
+        hint += f", or write {rule.lists[0]} into the models' config.json, which follows the layers"
+    return PlanError(problem, where=WHERE, hint=hint)
