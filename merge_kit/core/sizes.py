@@ -30,7 +30,7 @@ def parse_size(text: str | int) -> int:
 def format_size(size_bytes: int) -> str:
     """Return a size with three digits and a decimal unit, for example `2.47 GB`."""
     value, unit = float(size_bytes), "B"
-    for unit in ("B", "kB", "MB", "GB", "TB"):  # noqa: B007  (the last unit stays)
+    for unit in ("B", "kB", "MB", "GB", "TB"):
         if value < 999.5 or unit == "TB":
             break
         value /= 1000

@@ -23,7 +23,8 @@ def check_agreement(reader: Reader, steps: Sequence[Step]) -> None:
     for step in steps:
         first = step.inputs[0] if step.inputs else None
         for other, model in zip(step.agree, step.agree_models, strict=True):
-            assert isinstance(first, Stored) and isinstance(other, Stored)
+            assert isinstance(first, Stored)  # copies are of stored tensors
+            assert isinstance(other, Stored)
             if not _equal(reader, first.span, other.span):
                 errors.append(_differ(step, model))
                 break

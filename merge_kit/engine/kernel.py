@@ -73,9 +73,7 @@ class Kernel:
         parts = [merged] if isinstance(merged, Tensor) else list(merged)
         return [part.reshape(-1) for part in parts]
 
-    def compute(
-        self, source: Merged, start: int, stop: int, out: Tensor, work: Workspace
-    ) -> None:
+    def compute(self, source: Merged, start: int, stop: int, out: Tensor, work: Workspace) -> None:
         """Fill `out` with a range of a feeding step, rounded to the stage's dtype."""
         assert start % BLOCK == 0  # the planner spills what is read otherwise
         (merged,) = self.merge(source.step, self.load(source.step, start, stop, work))

@@ -88,14 +88,10 @@ class Operands:
         self.reader.read_into(path, at + start * size, memory)
         out.copy_(raw.view(kind))
 
-    def _stored(
-        self, source: Stored, start: int, stop: int, out: Tensor, work: Workspace
-    ) -> None:
+    def _stored(self, source: Stored, start: int, stop: int, out: Tensor, work: Workspace) -> None:
         self._file(source.span.path, source.span.start, source.dtype, (start, stop), out, work)
 
-    def _merged(
-        self, source: Merged, start: int, stop: int, out: Tensor, work: Workspace
-    ) -> None:
+    def _merged(self, source: Merged, start: int, stop: int, out: Tensor, work: Workspace) -> None:
         if source.spill is None:
             self.compute(source, start, stop, out, work.child)
         else:
@@ -118,9 +114,7 @@ class Operands:
                 self.read(source.source, low, low + end - at, part, work)
             at = end
 
-    def _concat(
-        self, source: Concat, start: int, stop: int, out: Tensor, work: Workspace
-    ) -> None:
+    def _concat(self, source: Concat, start: int, stop: int, out: Tensor, work: Workspace) -> None:
         first = 0
         for part in source.sources:
             last = first + elements(part)
@@ -173,7 +167,9 @@ def _add_product(out: Tensor, left: Tensor, right: Tensor, scale: float, start: 
         tile_left = _padded(left[top : top + tall], tall, 0)
         strip = torch.empty(tall, -(-columns // wide) * wide, dtype=out.dtype)
         for side in range(0, columns, wide):
-            strip[:, side : side + wide] = tile_left @ _padded(right[:, side : side + wide], wide, 1)
+            strip[:, side : side + wide] = tile_left @ _padded(
+                right[:, side : side + wide], wide, 1
+            )
         flat = strip[:, :columns].flatten()
         low, high = max(start, top * columns), min(stop, (top + tall) * columns)
         part = flat[low - top * columns : high - top * columns]

@@ -6,8 +6,9 @@ import resource
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 
 from merge_kit.core.hashing import tensor_hash
 from merge_kit.engine.agreement import check_agreement
-from merge_kit.engine.jobs import CopyJob, MergeJob, ScanJob
+from merge_kit.engine.jobs import CopyJob, Job, MergeJob, ScanJob
 from merge_kit.engine.journal import Journal
 from merge_kit.engine.pool import Pool, Task
 from merge_kit.engine.progress import Progress
@@ -111,15 +112,15 @@ def _one_torch_thread() -> Iterator[None]:
 def _tasks(run: RunState, left: list[tuple[int, Step]], shared: Shared) -> Iterator[Task]:
     for index, step in left:
         if step.action == "copy":
-            yield _starting(lambda i=index, s=step: CopyJob(run, i, s))
+            yield _starting(partial(CopyJob, run, index, step))
         else:
-            yield _starting(lambda i=index, s=step: MergeJob(run, i, s, shared))
+            yield _starting(partial(MergeJob, run, index, step, shared))
 
 
-def _starting(make: Callable[[], Any]) -> Task:
+def _starting(make: Callable[[], Job]) -> Task:
     """Return a task that makes a job only when a worker has come to it."""
 
-    def task(work: Workspace) -> Any:
+    def task(work: Workspace) -> Sequence[Task]:
         return make().begin(work)
 
     return task
@@ -157,12 +158,8 @@ def _gather_group(run: RunState, steps: list[Step], stop: threading.Event) -> Ma
     while passes.due() and not stop.is_set():
         fold, first, tasks = InOrder(), 0, []
         for i, step in enumerate(steps):
-            name, at = f"scan-{i}", first
-            tasks.append(
-                _starting(
-                    lambda s=step, n=name, a=at: ScanJob(run, s, n, passes, fold, a)  # noqa: B023
-                )
-            )
+            job = partial(ScanJob, run, step, f"scan-{i}", passes, fold, first)
+            tasks.append(_starting(job))
             first += len(chunks(step))
         Pool(run.plan.bill.workers, stop).run(tasks)
         if not stop.is_set():

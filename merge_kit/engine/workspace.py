@@ -48,7 +48,7 @@ class Workspace:
         if found is None or len(found[1]) < count:
             self._bytes.pop(name, None)
             tensor = torch.empty(count, dtype=torch.uint8)
-            found = self._bytes[name] = (tensor, memoryview(tensor.numpy()))
+            found = self._bytes[name] = (tensor, memoryview(tensor.numpy().data))
         return found[0][:count], found[1][:count]
 
     def release(self) -> None:

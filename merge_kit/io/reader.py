@@ -62,8 +62,7 @@ class Reader:
         now = os.fstat(self._open[path])
         if (now.st_size, now.st_mtime_ns) != (expected.nbytes, expected.mtime_ns):
             raise CheckpointError(
-                f"changed since the plan was made: {expected.nbytes} bytes then, "
-                f"{now.st_size} now",
+                f"changed since the plan was made: {expected.nbytes} bytes then, {now.st_size} now",
                 where=str(path),
                 hint="run again when nothing writes to the inputs",
             )

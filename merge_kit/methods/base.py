@@ -22,7 +22,7 @@ class PerModel(tuple[T, ...]):
     __slots__ = ()
 
 
-def per_model(default: float | int | bool) -> Any:
+def per_model(default: float | bool | None) -> Any:
     """Return a dataclass field for a `PerModel` parameter that has a default for each model."""
     return field(default_factory=PerModel, metadata={"default": default})
 

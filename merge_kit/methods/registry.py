@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import importlib
-import inspect
 import pkgutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import MISSING, dataclass, fields
 from functools import cache
 from importlib.metadata import entry_points
@@ -17,14 +16,15 @@ from merge_kit.errors import PlanError
 from merge_kit.methods.base import MergeMethod, PerModel
 
 _METHODS: dict[str, type[MergeMethod]] = {}
-M = TypeVar("M", bound=type[MergeMethod])
+_PARAMETERS: dict[type[MergeMethod], tuple[Parameter, ...]] = {}
+M = TypeVar("M", bound=MergeMethod)
 GROUP = "merge_kit.methods"
 
 
-def register(name: str) -> Callable[[M], M]:
+def register(name: str) -> Callable[[type[M]], type[M]]:
     """Return a decorator that makes a method known under this name."""
 
-    def enter(method: M) -> M:
+    def enter(method: type[M]) -> type[M]:
         _METHODS[name] = method
         method.method_name = name
         return method
@@ -40,8 +40,9 @@ def _load_all() -> None:
         importlib.import_module(f"{package.__name__}.{module.name}")
     for point in entry_points(group=GROUP):
         found = point.load()
-        if inspect.isclass(found):
-            register(point.name)(found)
+        if isinstance(found, type) and issubclass(found, MergeMethod):
+            _METHODS[point.name] = found
+            found.method_name = point.name
 
 
 def names() -> tuple[str, ...]:
@@ -92,10 +93,14 @@ def _hint(method: type[MergeMethod], name: str) -> Any:
     return eval(note, vars(sys.modules[owner.__module__])) if isinstance(note, str) else note  # noqa: S307  (source code of the package, not input)
 
 
-@cache
 def parameters(method: type[MergeMethod]) -> tuple[Parameter, ...]:
     """Return what a method can be told, in the order of its fields."""
-    rows = []
+    if method not in _PARAMETERS:
+        _PARAMETERS[method] = tuple(_parameters(method))
+    return _PARAMETERS[method]
+
+
+def _parameters(method: type[MergeMethod]) -> Iterator[Parameter]:
     for entry in fields(method):
         hint, default = _hint(method, entry.name), entry.default
         per_model = getattr(hint, "__origin__", None) is PerModel
@@ -107,8 +112,7 @@ def parameters(method: type[MergeMethod]) -> tuple[Parameter, ...]:
         required = default is MISSING
         name = entry.name.rstrip("_")
         shown = None if required else default
-        rows.append(Parameter(name, entry.name, kind, per_model, required, shown, optional))
-    return tuple(rows)
+        yield Parameter(name, entry.name, kind, per_model, required, shown, optional)
 
 
 @cache

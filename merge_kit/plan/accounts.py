@@ -28,13 +28,11 @@ def fates(models: Sequence[Model], stages: Sequence[tuple[Assembly, Sequence[Mad
             elif what == "copied":
                 rows.append(Fate(model.key, name, "copied"))
             else:
-                rows.append(Fate(model.key, name, "dropped", _why(model, name, stages)))
+                rows.append(Fate(model.key, name, "dropped", _why(name, stages)))
     return rows
 
 
-def _why(
-    model: Model, name: str, stages: Sequence[tuple[Assembly, Sequence[Made]]]
-) -> str:
+def _why(name: str, stages: Sequence[tuple[Assembly, Sequence[Made]]]) -> str:
     """Return why no output tensor takes this one."""
     for assembly, _ in stages:
         for rule in assembly.stage.tensors:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from merge_kit.architecture.roles import outside_role
@@ -237,7 +237,7 @@ def _tied_embedding(model: Model, holder: Model, name: str) -> str | None:
     return embedding_for(name, model.specs, holder.specs[name].shape)
 
 
-def _layer_names(model: Model, stack: Stack | None, layer: int) -> dict[str, str]:
+def _layer_names(model: Model, stack: Stack | None, layer: int) -> Mapping[str, str]:
     """Return suffix -> full name of one layer's tensors."""
     return {} if stack is None else model.by_layer(stack).get(layer, {})
 

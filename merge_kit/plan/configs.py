@@ -17,9 +17,7 @@ from merge_kit.plan.steps import Made
 def result_parts(assembly: Assembly, made: Sequence[Made]) -> tuple[Part, ...]:
     """Return the components of a stage's result with their config.json texts."""
     donor = assembly.donor
-    return tuple(
-        Part(part.path, part.stem, _text(assembly, part, made)) for part in donor.parts
-    )
+    return tuple(Part(part.path, part.stem, _text(assembly, part, made)) for part in donor.parts)
 
 
 def _text(assembly: Assembly, part: Part, made: Sequence[Made]) -> str | None:

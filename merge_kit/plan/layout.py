@@ -36,7 +36,9 @@ def place(
             shards.append(Shard(_inside(part, name), header, end))
         if len(groups) > 1:
             text = build_index(weight_map, sum(spec.nbytes for spec in specs))
-            indexes.append(SideFile(_inside(part, f"{part.stem}.safetensors.index.json"), None, text))
+            indexes.append(
+                SideFile(_inside(part, f"{part.stem}.safetensors.index.json"), None, text)
+            )
     return steps, shards, indexes
 
 

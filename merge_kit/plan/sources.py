@@ -152,9 +152,7 @@ class Merged:
     spill: int | None = None
 
 
-Source = (
-    Stored | LowRank | Rows | Concat | View | Permuted | Projected | Generated | Merged
-)
+Source = Stored | LowRank | Rows | Concat | View | Permuted | Projected | Generated | Merged
 
 
 def elements(source: Source) -> int:

@@ -1,5 +1,7 @@
-"""Decides which results of feeding stages are kept in scratch: those read in other ways than
-slab by slab, once."""
+"""Decides which results of feeding stages are kept in scratch.
+
+Those are kept that are read in other ways than slab by slab, once.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,9 @@ class Spills:
         if not parts(source):
             return source
         if isinstance(source, Concat):
-            return replace(source, sources=tuple(self._source(s, once=False) for s in source.sources))
+            return replace(
+                source, sources=tuple(self._source(s, once=False) for s in source.sources)
+            )
         changed: dict[str, Any] = {}
         for entry in fields(source):
             value = getattr(source, entry.name)

@@ -25,9 +25,7 @@ def assemble(stage: Stage, inputs: Inputs, findings: Findings) -> Assembly:
     if stage.tensors:
         result.items = _ruled(stage, maker, donor)
     elif stage.models:
-        group = maker.group(
-            stage.models, (stage.parameters,), base=stage.base_model, add_base=True
-        )
+        group = maker.group(stage.models, (stage.parameters,), base=stage.base_model, add_base=True)
         result.items = maker.flat(group, _all)
     elif stage.slices:
         _slice(maker, result, donor.described)
@@ -86,9 +84,7 @@ def _modules(maker: Assembler, result: Assembly, findings: Findings) -> None:
         result.items.sort(key=lambda item: order.get(item.name, len(order)))
 
 
-def _module(
-    maker: Assembler, result: Assembly, module: Module, keys: Sequence[str]
-) -> list[Item]:
+def _module(maker: Assembler, result: Assembly, module: Module, keys: Sequence[str]) -> list[Item]:
     stage, donor = result.stage, result.donor
     levels = (module.parameters, stage.parameters)
 
@@ -122,9 +118,7 @@ def _copy(maker: Assembler, name: str, model: Model, entry: Entry, note: str) ->
     part = Part(entry, model, name, model is maker.base)
     stage = maker.stage
     levels = (stage.parameters,)
-    return Item(
-        name, held.component, (part,), levels, 0.0, "passthrough", stage.mark, "copy", note
-    )
+    return Item(name, held.component, (part,), levels, 0.0, "passthrough", stage.mark, "copy", note)
 
 
 def _ruled(stage: Stage, maker: Assembler, donor: Model) -> list[Item]:

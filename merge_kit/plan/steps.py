@@ -167,7 +167,7 @@ def _same_shape(item: Item) -> None:
 
 
 def _shape_hint(one: tuple[int, ...], other: tuple[int, ...]) -> str:
-    if len(one) == len(other) == 2 and one[1] == other[1]:  # noqa: PLR2004
+    if len(one) == len(other) == 2 and one[1] == other[1]:
         return (
             "do the vocabularies differ? bring both to one vocabulary first, or take this tensor "
             "from one model (`tensors: [{match: ..., copy: MODEL}]`), or leave that model out"

@@ -6,10 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from merge_kit.core.dtypes import RECIPE_DTYPES
-from merge_kit.methods.registry import find, names
+from merge_kit.methods.registry import find, names, parameters
 from merge_kit.recipe import keys
 from merge_kit.recipe.nodes import MAX_WHOLE
-from merge_kit.recipe.settings import parameters_of
 
 Schema = dict[str, Any]
 
@@ -147,7 +146,7 @@ def _parameters() -> Schema:
     """Return the parameters of all methods: which of them read each one, and its type."""
     readers: dict[str, list[str]] = {name: [] for name in keys.DIALECT_PARAMETERS}
     for method in names():
-        for parameter in parameters_of(find(method)):
+        for parameter in parameters(find(method)):
             readers.setdefault(parameter.name, []).append(method)
     properties: Schema = {
         name: {"description": _read_by(methods), **_ref("setting")}

@@ -9,7 +9,7 @@ from types import MappingProxyType
 
 from merge_kit.core.names import nearest
 from merge_kit.methods.base import MergeMethod
-from merge_kit.methods.registry import Parameter, every_parameter, parameters
+from merge_kit.methods.registry import every_parameter, parameters
 from merge_kit.recipe.findings import Findings
 from merge_kit.recipe.keys import DEAD_KEYS, DIALECT_PARAMETERS, SETTING_KEYS
 from merge_kit.recipe.lookup import EXPECTED, converted
@@ -56,16 +56,11 @@ def read_parameters(scope: Scope, node: Node | None, *, of_model: bool = False) 
     return MappingProxyType(found)
 
 
-def parameters_of(method: type[MergeMethod]) -> tuple[Parameter, ...]:
-    """Return what a method can be told."""
-    return parameters(method)  # type: ignore[arg-type]  # mypy: no hash for classes of dataclasses
-
-
 def _kind(scope: Scope, name: str, node: Node, *, of_model: bool) -> type | None:
     """Return the type of a parameter, None where nothing reads it; say so once."""
     if not scope.methods:
         return None
-    readers = [p for method in scope.methods for p in parameters_of(method) if p.name == name]
+    readers = [p for method in scope.methods for p in parameters(method) if p.name == name]
     if not readers:
         _unread(scope, name, node)
         return None
@@ -88,7 +83,7 @@ def _unread(scope: Scope, name: str, node: Node) -> None:
 
 
 def _names(methods: tuple[type[MergeMethod], ...]) -> set[str]:
-    return {p.name for method in methods for p in parameters_of(method)}
+    return {p.name for method in methods for p in parameters(method)}
 
 
 def _rules(findings: Findings, node: Node, kind: type | None) -> tuple[Rule, ...]:

@@ -9,6 +9,7 @@ from typing import ClassVar
 
 import pytest
 import torch
+
 from merge_kit.core.tensors import BLOCK
 from merge_kit.methods.base import MergeMethod, PerModel, Scan, per_model
 from merge_kit.methods.linear import Linear
@@ -28,9 +29,7 @@ def settings():
 
 
 def same_in_all_sizes(steps, folder):
-    results = [
-        run(steps, folder / f"{b}-{w}", blocks=b, workers=w) for b, w in settings()
-    ]
+    results = [run(steps, folder / f"{b}-{w}", blocks=b, workers=w) for b, w in settings()]
     for other in results[1:]:
         assert all(torch.equal(results[0][k], other[k]) for k in results[0])
     return results[0]

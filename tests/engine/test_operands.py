@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 import torch
+
 from merge_kit.core.tensors import BLOCK
 from merge_kit.methods import noise
 from merge_kit.methods.base import PerModel
@@ -171,7 +172,5 @@ def test_stages_nest_to_any_depth(tmp_path):
     first = run([inner.step], tmp_path / "1")["x"]
     second = step(half, [stored(tmp_path, "s1", first), stored(tmp_path, "c2", c)])
     mean = run([second], tmp_path / "2")["x"]
-    third = step(
-        Slerp(t=0.25), [stored(tmp_path, "s2", mean)], base=stored(tmp_path, "d2", d)
-    )
+    third = step(Slerp(t=0.25), [stored(tmp_path, "s2", mean)], base=stored(tmp_path, "d2", d))
     assert torch.equal(result, run([third], tmp_path / "3")["x"])

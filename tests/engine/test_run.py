@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 import torch
 import xxhash
+from safetensors.torch import load_file
+
 from merge_kit.core.tensors import BLOCK
 from merge_kit.engine import pool
 from merge_kit.engine.rounding import round_into
@@ -28,7 +30,6 @@ from merge_kit.methods.base import PerModel
 from merge_kit.methods.linear import Linear
 from merge_kit.methods.passthrough import Passthrough
 from merge_kit.plan.values import Step
-from safetensors.torch import load_file
 from tests.engine.handmade import plan, plan_input, run, step, stored
 
 HALF = Linear(weight=PerModel((1.0, 1.0)))
@@ -114,9 +115,7 @@ def test_a_value_that_is_not_finite_names_model_tensor_and_count(tmp_path, bad):
     b[2 * BLOCK + 5] = b[7] = bad
     with pytest.raises(NonFiniteError) as caught:
         run([mean_step(tmp_path, [a, b], name="w")], tmp_path / "out")
-    assert str(caught.value).startswith(
-        "w: 2 NaN or infinite values in the inputs: 2 in input-2"
-    )
+    assert str(caught.value).startswith("w: 2 NaN or infinite values in the inputs: 2 in input-2")
 
 
 def test_values_too_large_for_the_output_are_refused_or_counted(tmp_path):

@@ -6,6 +6,7 @@ from math import acos, atan, pi, sin, sqrt
 
 import pytest
 import torch
+
 from merge_kit.errors import ParameterError
 from merge_kit.methods.base import PerModel
 from merge_kit.methods.linear import Linear

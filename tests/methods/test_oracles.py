@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+
 import numpy as np
 import pytest
 import torch
+
 from merge_kit.core.tensors import BLOCK
 from merge_kit.methods.base import MergeMethod, PerModel
 from merge_kit.methods.linear import Linear
@@ -38,7 +40,9 @@ def task_vectors(weights, models, base):
 
 def arc(weights, models, base):
     x, t = models[0], 0.37
-    u, v = (y.astype(np.longdouble) / np.sqrt(np.sum(y.astype(np.longdouble) ** 2)) for y in (base, x))
+    u, v = (
+        y.astype(np.longdouble) / np.sqrt(np.sum(y.astype(np.longdouble) ** 2)) for y in (base, x)
+    )
     between, opposite = np.sqrt(np.sum((u - v) ** 2)), np.sqrt(np.sum((u + v) ** 2))
     theta = 2 * np.arctan2(between, opposite)
     if np.sin(theta) <= 1e-6:
@@ -50,8 +54,10 @@ def arc(weights, models, base):
 
 
 def row_arcs(weights, models, base):
-    rows = [arc(weights, [x], b) for x, b in zip(
-        models[0].reshape(-1, 7), base.reshape(-1, 7), strict=True)]
+    rows = [
+        arc(weights, [x], b)
+        for x, b in zip(models[0].reshape(-1, 7), base.reshape(-1, 7), strict=True)
+    ]
     return np.concatenate([r[0] for r in rows]), np.concatenate([r[1] for r in rows])
 
 

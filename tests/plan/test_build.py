@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+
 from merge_kit.errors import MergeKitError, MismatchError, PlanError, Problems
 from merge_kit.plan.cost import PROCESS_BYTES
 from tests.toys import config, family, layers, merge, outside, plan, toy, value, write
@@ -47,7 +48,7 @@ def test_an_unknown_tensor_is_merged_like_any_other(tmp_path):
 
 def test_models_of_different_depth_are_told_about_slices(toys, tmp_path):
     toy(tmp_path / "deep", layers=7)
-    with pytest.raises(MismatchError, match="has 7 layers in model.layers, .* has 5") as caught:
+    with pytest.raises(MismatchError, match=r"has 7 layers in model\.layers, .* has 5") as caught:
         plan(recipe("linear", "ONE", str(tmp_path / "deep")), toys)
     assert "slices" in str(caught.value)
 
@@ -137,9 +138,23 @@ def test_fp8_is_refused_for_arithmetic_and_copied_by_passthrough(tmp_path):
 
 
 def test_every_dtype_passes_through(tmp_path):
-    kinds = [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool,
-             torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64,
-             torch.float8_e5m2, torch.uint16, torch.uint32, torch.uint64]
+    kinds = [
+        torch.uint8,
+        torch.int8,
+        torch.int16,
+        torch.int32,
+        torch.int64,
+        torch.bool,
+        torch.float16,
+        torch.bfloat16,
+        torch.float32,
+        torch.float64,
+        torch.complex64,
+        torch.float8_e5m2,
+        torch.uint16,
+        torch.uint32,
+        torch.uint64,
+    ]
     tensors = {str(kind): torch.ones(5).to(kind) for kind in kinds}
     write(tmp_path / "a", tensors, None)
     result = merge('{"merge_method": "passthrough", "models": [{"model": "a"}]}', tmp_path)
@@ -242,7 +257,9 @@ tensors:
     result = merge(text, toys)
     assert value(result["model.layers.0.self_attn.q_proj.weight"]) == 1000
     assert not [name for name in result if ".layers.1." in name]
-    assert value(result["model.layers.2.mlp.up_proj.weight"]) == 1000 + 2 * 3  # the base is added with the rule's weight
+    assert (
+        value(result["model.layers.2.mlp.up_proj.weight"]) == 1000 + 2 * 3
+    )  # the base is added with the rule's weight
     assert value(result["model.layers.2.self_attn.q_proj.weight"]) == 3
     assert outside(result) == [100, 200, 300]
     made = plan(text, toys)
@@ -285,8 +302,7 @@ slices: [{sources: [{model: ONE, layer_range: [0, 5]}]}]
     [
         ("{merge_method: slerp, models: [{model: ONE}], parameters: {t: 1}}", "needs a base_model"),
         (
-            "{merge_method: slerp, base_model: ONE, models: [{model: K}, {model: ZERO}], "
-            "parameters: {t: 1}}",
+            "{merge_method: slerp, base_model: ONE, models: [K, ZERO], parameters: {t: 1}}",
             "takes 1 model beside the base, found 2",
         ),
         ("{merge_method: slerp, base_model: ONE, models: [{model: K}]}", "slerp needs 't'"),
@@ -296,13 +312,14 @@ slices: [{sources: [{model: ONE, layer_range: [0, 5]}]}]
             "takes 1 model, found 2",
         ),
         (
-            "{merge_method: linear, models: [{model: K}, {model: ONE}], "
-            "parameters: {weight: 0}}",
+            "{merge_method: linear, models: [{model: K}, {model: ONE}], parameters: {weight: 0}}",
             "normalising would divide by it",
         ),
     ],
 )
 def test_what_a_method_demands_is_checked_once(toys, text, problem):
+    text = text.replace("[K,", "[{model: K},").replace(" ONE]", " {model: ONE}]")
+    text = text.replace(" ZERO]", " {model: ZERO}]")
     with pytest.raises(MergeKitError, match=problem) as caught:
         plan(text, toys)
     assert not isinstance(caught.value, Problems)
@@ -321,8 +338,10 @@ models: [{model: ONE}, {model: K}]
 
 def test_modules_merge_stacks_by_name_and_copy_the_rest(tmp_path):
     for name, number in (("a", 1.0), ("b", 3.0)):
-        tensors = {"encoder.embed.weight": torch.full((2,), number),
-                   "multi_modal_projector.weight": torch.full((2,), number)}
+        tensors = {
+            "encoder.embed.weight": torch.full((2,), number),
+            "multi_modal_projector.weight": torch.full((2,), number),
+        }
         for i in range(2):
             tensors[f"encoder.layers.{i}.w"] = torch.full((2,), number + i)
             tensors[f"decoder.layers.{i}.w"] = torch.full((2,), number + i)
@@ -352,7 +371,8 @@ def test_components_in_folders_are_merged_each(tmp_path):
     names = {f.name for f in made.side_files}
     assert {"model_index.json", "scheduler/scheduler_config.json", "unet/config.json"} <= names
     assert {s.name for s in made.shards} == {
-        "unet/model.safetensors", "text_encoder/model.safetensors"
+        "unet/model.safetensors",
+        "text_encoder/model.safetensors",
     }
     result = merge(recipe("linear", "a", "b"), tmp_path)
     assert value(result["unet/conv.weight"]) == value(result["text_encoder/conv.weight"]) == 2
@@ -408,4 +428,5 @@ def test_vocabularies_that_differ_are_noted_or_refused(tmp_path):
         plan(recipe("linear", "a", "b", tokenizer_source="union"), tmp_path)
     made = plan(recipe("linear", "a", "b"), tmp_path)
     source = next(f.source for f in made.side_files if f.name == "tokenizer.json")
-    assert source is not None and source.parent.name == "a"
+    assert source is not None
+    assert source.parent.name == "a"

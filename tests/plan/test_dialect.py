@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from merge_kit.errors import MergeKitError
 from tests.toys import family, layers, merge, outside, plan, toy, value
 
@@ -132,7 +133,9 @@ def test_8_an_unlisted_base_is_added_to_the_sum_and_said_so(toys):
         """
     result = merge(recipe, toys)
     assert set(layers(result) + outside(result)) == {1_001_001}
-    assert any("MM is not listed" in note and "weight 1" in note for note in plan(recipe, toys).notes)
+    assert any(
+        "MM is not listed" in note and "weight 1" in note for note in plan(recipe, toys).notes
+    )
 
 
 def test_9_every_source_of_the_last_slice_counts_after_the_layers(toys):
