@@ -96,7 +96,7 @@ def with_dtype(text: str, dtype_name: str) -> str:
     return edit_config(text, edits)
 
 
-def with_tied(text: str, tied: bool) -> str:  # noqa: FBT001  (the value of a key)
+def with_tied(text: str, tied: bool) -> str:
     """Return a config that says whether the head is the embedding.
 
     `tie_word_embeddings` is set at the top, where transformers 5 looks, and in the config of the

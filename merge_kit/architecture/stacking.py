@@ -56,8 +56,12 @@ def stacked_config(donor_text: str, stack: Stack, origins: Sequence[tuple[str, i
         PlanError: If a config does not describe the stack, or a key cannot follow the layers; it
             names the key and the first layer that breaks.
     """
+    in_order = [layer for _, layer in origins] == list(range(len(origins)))
+    if in_order and len(origins) == stack.count and _section(donor_text, stack) is None:
+        return donor_text
     targets = _targets(donor_text, stack, origins)
-    if _is_identity(donor_text, origins, targets[0]):
+    own = all(text == donor_text for text, _ in origins)
+    if own and in_order and len(origins) in targets[0].donor.lengths:
         return donor_text
     edits: list[Edit] = []
     for target in targets:
@@ -73,39 +77,45 @@ def stacked_config(donor_text: str, stack: Stack, origins: Sequence[tuple[str, i
 def _targets(
     donor_text: str, stack: Stack, origins: Sequence[tuple[str, int]]
 ) -> tuple[_Target, ...]:
-    texts = dict.fromkeys((donor_text, *(text for text, _ in origins)))
-    sections = {text: _sections(text, stack) for text in texts}
+    """Return the object that describes the stack, and the whole file if that repeats it."""
+    section = _section(donor_text, stack)
+    if section is None:
+        problem = f"no layer count for {stack.prefix or 'the numbered layers'}, expected one"
+        hint = "its layers can be merged in their own order, but not rearranged"
+        raise PlanError(problem, where=WHERE, hint=hint)
+    sources = {text: _own_sections(text, stack) for text in dict.fromkeys(t for t, _ in origins)}
     targets = []
-    for section in sections[donor_text]:
+    for part in mirrors(read_config(donor_text, WHERE), section, stack.prefix):
         places = []
         for text, layer in origins:
-            own = next((s for s in sections[text] if s.path == section.path), sections[text][0])
+            own = next((s for s in sources[text] if s.path == part.path), sources[text][0])
             places.append(_place(own, stack, layer))
-        donor = _place(section, stack, 0)
-        targets.append(_Target(section, stack.prefix, donor, tuple(places)))
-    counts = targets[0].donor.layers
-    if stack.count < counts:
-        problem = f"the config counts {counts} layers, {stack.prefix} holds {stack.count}"
+        targets.append(_Target(part, stack.prefix, _place(part, stack, 0), tuple(places)))
+    counted = targets[0].donor.layers
+    if stack.count < counted:
+        problem = f"the config counts {counted} layers, {stack.prefix} holds {stack.count}"
         hint = "a model whose layers share their weights cannot be rearranged"
         raise PlanError(problem, where=WHERE, hint=hint)
     _check_order(targets[0])
     return tuple(targets)
 
 
-def _sections(text: str, stack: Stack) -> tuple[Section, ...]:
-    """Return the objects of a config that describe the stack, the nearest first."""
-    config = read_config(text, WHERE)
-    section = section_of(config, stack.prefix, stack.count)
-    if section is None or not (section.path or section.is_counted):
-        problem = f"no layer count for {stack.prefix or 'the numbered layers'}, expected one"
-        hint = "its layers can be merged in their own order, but not rearranged"
-        raise PlanError(problem, where=WHERE, hint=hint)
-    return mirrors(config, section, stack.prefix)
+def _section(text: str, stack: Stack) -> Section | None:
+    """Return the object of a config that describes the stack, None where none counts layers."""
+    section = section_of(read_config(text, WHERE), stack.prefix, stack.count)
+    return section if section is not None and (section.path or section.is_counted) else None
+
+
+def _own_sections(text: str, stack: Stack) -> tuple[Section, ...]:
+    """Return the objects that describe the stack in a model that gives layers, nearest first."""
+    section, config = _section(text, stack), read_config(text, WHERE)
+    return (Section((), config),) if section is None else mirrors(config, section, stack.prefix)
 
 
 def _place(section: Section, stack: Stack, layer: int) -> Place:
     layers = section.count(stack.prefix)
-    layers = stack.count if layers is None else layers
+    if layers is None:
+        return Place(section.config, layer, max(stack.count, layer + 1))
     extra = max((section.config[k] for k in EXTRA_KEYS if is_int(section.config.get(k))), default=0)
     if not 0 <= layer < max(layers + extra, 1):
         problem = f"layer {layer} of {stack.prefix} is asked for, the config counts {layers} layers"
@@ -127,12 +137,6 @@ def _check_order(target: _Target) -> None:
 
 def _extra_key(place: Place) -> str:
     return next(key for key in EXTRA_KEYS if is_int(place.config.get(key)))
-
-
-def _is_identity(donor_text: str, origins: Sequence[tuple[str, int]], target: _Target) -> bool:
-    own = all(text == donor_text for text, _ in origins)
-    layers = [layer for _, layer in origins]
-    return own and layers == list(range(len(layers))) and len(layers) in target.donor.lengths
 
 
 def _count_edits(target: _Target, stack: Stack) -> Iterator[Edit]:

@@ -140,7 +140,7 @@ def test_a_model_that_leaves_a_constant_list_out_has_the_constant():
 
 def test_a_model_that_leaves_a_mixed_list_out_is_refused():
     a, b = json.dumps(four(layer_types=["x", "y", "x", "y"])), json.dumps(four())
-    with pytest.raises(PlanError, match="layer_types is missing .* output layer 1"):
+    with pytest.raises(PlanError, match=r"layer_types is missing .* output layer 1"):
         stacked_config(a, LAYERS, [(a, 0), (b, 1), (a, 2)])
 
 
@@ -312,7 +312,7 @@ def test_an_empty_no_rope_list_is_none():
 
 def test_a_period_that_the_file_leaves_out_is_known_for_some_model_types():
     config = {"model_type": "gemma2", "num_hidden_layers": 4}
-    with pytest.raises(PlanError, match="sliding_window_pattern cannot follow .* output layer 0"):
+    with pytest.raises(PlanError, match=r"sliding_window_pattern cannot follow .* output layer 0"):
         stacked(config, [1, 0])
     assert stacked(config, [0, 1, 0, 1, 2, 3])["num_hidden_layers"] == 6
 
@@ -348,7 +348,7 @@ def test_a_list_that_covers_extra_layers_keeps_covering_them():
 
 
 def test_an_extra_layer_before_ordinary_ones_is_refused():
-    with pytest.raises(PlanError, match="num_nextn_predict_layers .* output layer 1"):
+    with pytest.raises(PlanError, match=r"num_nextn_predict_layers .* output layer 1"):
         stacked(MTP, [0, 4, 1], of=stack(5))
 
 
@@ -357,17 +357,29 @@ def test_extra_layers_stored_elsewhere_stay_counted():
 
 
 def test_a_layer_that_the_config_does_not_count_is_refused():
-    with pytest.raises(PlanError, match="layer 4 of model.layers"):
+    with pytest.raises(PlanError, match=r"layer 4 of model.layers"):
         stacked(four(), [0, 4], of=stack(5))
 
 
 def test_a_config_without_a_count_is_refused():
-    with pytest.raises(PlanError, match="no layer count for model.layers"):
+    with pytest.raises(PlanError, match=r"no layer count for model.layers"):
         stacked({"architecture": "vit_tiny"}, DROP_1)
 
 
+def test_a_config_without_a_count_serves_layers_in_their_own_order():
+    a, b = '{"architecture": "vit_tiny"}', "{}"
+    origins = [(a, 0), (b, 1), (a, 2), (b, 3)]
+    assert stacked_config(a, LAYERS, origins) == a
+
+
+def test_a_model_without_a_config_can_give_layers_where_all_are_alike():
+    a = json.dumps(four(layer_types=["full"] * 4))
+    found = json.loads(stacked_config(a, LAYERS, [(a, 0), ("{}", 5)]))
+    assert found == {**four(layer_types=["full"] * 2), "num_hidden_layers": 2}
+
+
 def test_layers_that_share_their_weights_are_refused():
-    with pytest.raises(PlanError, match="counts 12 layers, model.layers holds 4"):
+    with pytest.raises(PlanError, match=r"counts 12 layers, model.layers holds 4"):
         stacked({"num_hidden_layers": 12}, DROP_1)
 
 

@@ -1,4 +1,4 @@
-"""A stacked config loads in transformers with the new depth, and its layers are of the right kind."""
+"""A stacked config loads in transformers with the new depth and with layers of the right kind."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 import pytest
+import torch
 from tiny_architectures import config_text, loaded, names
 
 from merge_kit.architecture.stacking import stacked_config
@@ -88,8 +89,6 @@ def test_the_attention_of_a_stacked_gemma3_follows_its_layers():
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma3_text", "gpt2"])
 def test_a_stacked_model_generates_with_its_cache(kind):
-    import torch
-
     text = config_text(kind)
     (stack,) = find_stacks(names(kind))
     layers = [0, 1, 1, 2]

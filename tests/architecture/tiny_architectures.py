@@ -9,6 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
 import transformers
 
 SMALL: dict[str, Any] = {
@@ -116,8 +117,6 @@ def names(kind: str) -> tuple[str, ...]:
 
 def loaded(kind: str, text: str) -> Any:
     """Return the model that transformers builds from a config text, on the meta device."""
-    import torch
-
     model, config = MAKERS[kind]()
     with torch.device("meta"):
         return model(type(config).from_dict(json.loads(text)))
