@@ -10,7 +10,7 @@ from math import atan2, sqrt
 from typing import TYPE_CHECKING
 
 from merge_kit.errors import ParameterError
-from merge_kit.methods.lazy import torch
+from merge_kit.methods.lazy import np, torch
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,20 +33,30 @@ def weighted_sum(rows: Tensor, weights: Sequence[float], start: Tensor | None = 
 def row_angles(left: Tensor, right: Tensor) -> list[float | None]:
     """Return the angle between each pair of rows of two (rows, columns); None if one is zero.
 
-    Row by row, in float64: the angle of one row does not depend on how many there are.
+    In float64; the angle of one row does not depend on how many there are.
     """
-    angles: list[float | None] = []
-    for one, other in zip(left, right, strict=True):
-        u, v = one.double(), other.double()
-        lengths = float(torch.dot(u, u)), float(torch.dot(v, v))
-        if min(lengths) <= 0:
-            angles.append(None)
-            continue
-        u, v = u / sqrt(lengths[0]), v / sqrt(lengths[1])
-        apart, together = u - v, u + v
-        between = sqrt(float(torch.dot(apart, apart))), sqrt(float(torch.dot(together, together)))
-        angles.append(2 * atan2(*between))
-    return angles
+    u, v = left.double(), right.double()
+    squares = zip(_row_dots(u, u), _row_dots(v, v), strict=True)
+    lengths = [(sqrt(uu), sqrt(vv)) for uu, vv in squares]
+    u.div_(torch.tensor([[length or 1.0] for length, _ in lengths], dtype=torch.float64))
+    v.div_(torch.tensor([[length or 1.0] for _, length in lengths], dtype=torch.float64))
+    apart, together = u - v, u.add_(v)
+    pairs = zip(_row_dots(apart, apart), _row_dots(together, together), strict=True)
+    return [
+        2 * atan2(sqrt(between), sqrt(beside)) if min(length) > 0 else None
+        for (between, beside), length in zip(pairs, lengths, strict=True)
+    ]
+
+
+def _row_dots(left: Tensor, right: Tensor) -> list[float]:
+    """Return the dot product of each row; einsum goes row by row, whatever their number."""
+    found: list[float] = np.einsum("ij,ij->i", left.numpy(), right.numpy()).tolist()
+    return found
+
+
+def scale_rows(rows: Tensor, factors: Sequence[float]) -> Tensor:
+    """Multiply each row of (rows, columns) by its factor, in place."""
+    return rows.mul_(torch.tensor(factors, dtype=rows.dtype).unsqueeze(1))
 
 
 def total_weight(weights: Sequence[float]) -> float:

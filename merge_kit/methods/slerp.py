@@ -73,14 +73,21 @@ class Slerp(MergeMethod):
         """Return the interpolated slab."""
         assert slab.base is not None  # needs_base
         other = slab.tensors[0]
+        if not other.numel():
+            return other
         if self.flatten:
             a, b = coefficients(scans["angle"], self.t)
             return other.mul_(b).add_(slab.base, alpha=a)
         rows, base = other.view(-1, slab.columns), slab.base.view(-1, slab.columns)
-        for i, theta in enumerate(ops.row_angles(base, rows)):
-            a, b = coefficients(theta, self.t)
-            rows[i].mul_(b).add_(base[i], alpha=a)
+        factors = [coefficients(theta, self.t) for theta in ops.row_angles(base, rows)]
+        ops.scale_rows(rows, [b for _, b in factors])
+        rows.add_(ops.scale_rows(base.clone(), [a for a, _ in factors]))
         return other
+
+    def scratch_bytes(self, models: int, elements: int) -> int:
+        """Return the bytes of the rows in float64, where rows are vectors."""
+        del models
+        return 4 * elements if self.flatten else 40 * elements
 
 
 def _pair(slab: Slab, scans: Scans) -> Tensor:
