@@ -64,21 +64,28 @@ class Section:
         """Whether it holds a layer count."""
         return bool(self._held(_ALL_COUNT_KEYS))
 
-    def count_keys(self, prefix: str) -> tuple[str, ...]:
-        """Return the keys that hold the layer count of a stack, () where the config is silent."""
+    def count_keys(self, prefix: str, layers: int) -> tuple[str, ...]:
+        """Return the keys that hold the layer count of a stack, () where the config is silent.
+
+        Of keys with different counts, those are taken that hold the number of layers there are,
+        else the best known.
+        """
         plain = self._held(COUNT_KEYS)
         encoder, decoder = self._held(ENCODER_COUNT_KEYS), self._held(DECODER_COUNT_KEYS)
         side = side_of(prefix)
         if side == "encoder" and encoder:
-            same = self.config[encoder[0]]  # num_hidden_layers is then a second name for it
-            return (*encoder, *(key for key in plain if self.config[key] == same))
-        if side == "decoder" and decoder:
-            return decoder
-        return plain or decoder or encoder
+            keys = (*encoder, *plain)  # num_hidden_layers is then a second name for it
+        elif side == "decoder" and decoder:
+            keys = decoder
+        else:
+            keys = plain or decoder or encoder
+        counts = [self.config[key] for key in keys]
+        count = layers if layers in counts else next(iter(counts), None)
+        return tuple(key for key in keys if self.config[key] == count)
 
-    def count(self, prefix: str) -> int | None:
+    def count(self, prefix: str, layers: int) -> int | None:
         """Return how many layers this section gives a stack, None where it is silent."""
-        keys = self.count_keys(prefix)
+        keys = self.count_keys(prefix, layers)
         return int(self.config[keys[0]]) if keys else None
 
     def other_side(self, prefix: str) -> str:
@@ -134,7 +141,7 @@ def section_of(config: Mapping[str, Any], prefix: str, layers: int) -> Section |
     def fit(section: Section) -> tuple[int, bool, bool, bool, int]:
         return (
             len(section.words & words),
-            section.count(prefix) == layers,
+            section.count(prefix, layers) == layers,
             section.is_counted,
             not section.words or any(word in section.words for word in _PREFERRED),
             len(section.path),
@@ -154,11 +161,14 @@ def main_section(config: Mapping[str, Any]) -> Section | None:
     return min([s for s in sections if s.kind == "text"] or sections, key=rank, default=None)
 
 
-def mirrors(config: Mapping[str, Any], section: Section, prefix: str) -> tuple[Section, ...]:
+def mirrors(
+    config: Mapping[str, Any], section: Section, prefix: str, layers: int
+) -> tuple[Section, ...]:
     """Return the section and, if it repeats a nested text config's layer count, the whole file."""
     root = find_sections(config)[0]
     if section.path and section.kind == "text" and not root.path and root.is_counted:
-        return (section, root) if root.count(prefix) == section.count(prefix) else (section,)
+        same = root.count(prefix, layers) == section.count(prefix, layers)
+        return (section, root) if same else (section,)
     return (section,)
 
 

@@ -85,16 +85,16 @@ def _targets(
         raise PlanError(problem, where=WHERE, hint=hint)
     sources = {text: _own_sections(text, stack) for text in dict.fromkeys(t for t, _ in origins)}
     targets = []
-    for part in mirrors(read_config(donor_text, WHERE), section, stack.prefix):
-        places = []
+    for part in mirrors(read_config(donor_text, WHERE), section, stack.prefix, stack.count):
+        places, keys = [], part.count_keys(stack.prefix, stack.count)
         for text, layer in origins:
             own = next((s for s in sources[text] if s.path == part.path), sources[text][0])
-            places.append(_place(own, stack, layer))
-        targets.append(_Target(part, stack.prefix, _place(part, stack, 0), tuple(places)))
+            places.append(_place(own, stack, layer, keys))
+        targets.append(_Target(part, stack.prefix, _place(part, stack, 0, keys), tuple(places)))
     counted = targets[0].donor.layers
     if stack.count < counted:
         problem = f"the config counts {counted} layers, {stack.prefix} holds {stack.count}"
-        hint = "a model whose layers share their weights cannot be rearranged"
+        hint = "are files missing? layers that share their weights cannot be rearranged"
         raise PlanError(problem, where=WHERE, hint=hint)
     _check_order(targets[0])
     return tuple(targets)
@@ -109,11 +109,17 @@ def _section(text: str, stack: Stack) -> Section | None:
 def _own_sections(text: str, stack: Stack) -> tuple[Section, ...]:
     """Return the objects that describe the stack in a model that gives layers, nearest first."""
     section, config = _section(text, stack), read_config(text, WHERE)
-    return (Section((), config),) if section is None else mirrors(config, section, stack.prefix)
+    return (
+        (Section((), config),)
+        if section is None
+        else mirrors(config, section, stack.prefix, stack.count)
+    )
 
 
-def _place(section: Section, stack: Stack, layer: int) -> Place:
-    layers = section.count(stack.prefix)
+def _place(section: Section, stack: Stack, layer: int, keys: Sequence[str]) -> Place:
+    """Return where a layer comes from; the donor's keys say first how many layers there are."""
+    held = next((section.config[key] for key in keys if is_int(section.config.get(key))), None)
+    layers = section.count(stack.prefix, stack.count) if held is None else int(held)
     if layers is None:
         return Place(section.config, layer, max(stack.count, layer + 1))
     extra = max((section.config[k] for k in EXTRA_KEYS if is_int(section.config.get(k))), default=0)
@@ -142,7 +148,7 @@ def _extra_key(place: Place) -> str:
 def _count_edits(target: _Target, stack: Stack) -> Iterator[Edit]:
     """Yield the edits of the layer count, and of the count of extra layers stored behind."""
     section, old, new = target.section, target.donor.layers, len(target.counted)
-    held = section.count_keys(target.prefix)
+    held = section.count_keys(target.prefix, stack.count)
     keys = held or ("num_hidden_layers",)
     values: dict[str, int] = dict.fromkeys(keys, new)
     side = side_of(target.prefix)

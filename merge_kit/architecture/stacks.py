@@ -97,7 +97,7 @@ def described_stack(config: Mapping[str, Any] | None, stacks: Sequence[Stack]) -
     def fit(stack: Stack) -> tuple[bool, bool, bool, int, int]:
         return (
             not _AUXILIARY.search(stack.prefix),
-            section.count(stack.prefix) == stack.count,
+            section.count(stack.prefix, stack.count) == stack.count,
             side_of(stack.prefix) == "decoder",
             len(section.words & path_words(stack.prefix)),
             len(stack.layers),

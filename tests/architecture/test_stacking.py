@@ -44,6 +44,11 @@ def test_two_names_of_one_count_are_both_patched():
     assert stacked(config, DROP_1) == {"n_layer": 3, "num_hidden_layers": 3}
 
 
+def test_of_two_counts_the_one_of_the_stack_is_patched():
+    config = {"num_hidden_layers": 8, "num_layers": 4}
+    assert stacked(config, DROP_1) == {"num_hidden_layers": 8, "num_layers": 3}
+
+
 def test_the_text_is_untouched_for_the_models_own_order():
     text = '{ "num_hidden_layers" :4,"max_window_layers":2, "x":[1,2,3,4]}\n'
     assert stacked_config(text, LAYERS, [(text, i) for i in range(4)]) == text
