@@ -1,0 +1,132 @@
+"""README.md: the model card of a merge."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Iterator, Mapping, Sequence
+
+import yaml
+
+from merge_kit.core.sizes import format_count, format_size
+from merge_kit.methods.registry import find
+from merge_kit.plan.describe import counts_line, merged_by_method, plural
+from merge_kit.plan.describe_steps import layer_lines
+from merge_kit.plan.values import Plan, PlanInput
+from merge_kit.publish.markdown import code, fence, plain, prose, table
+from merge_kit.publish.recipes import portable_recipe
+from merge_kit.publish.references import without_homes
+from merge_kit.publish.staging import MANIFEST
+
+_SHOWN = 5
+"""Names that are listed before `and 12 more`."""
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
+_SOURCE = re.compile(r"^Source:(.*(?:\n[ \t]+\S.*)*)", re.MULTILINE)
+
+
+def model_card(plan: Plan, *, recipe_text: str, nonfinite: Mapping[str, int]) -> str:
+    """Return the text of the card: front matter, then what was merged and how.
+
+    Args:
+        recipe_text: The recipe as YAML; paths in it are replaced.
+        nonfinite: NaN and infinities that were written, by the tensor's key.
+    """
+    lines = [
+        *_front_matter(plan),
+        "",
+        f"# Merge of {_listed([_name(model) for model in plan.inputs])}",
+        "",
+        f"Made by merge_kit from {plural(len(plan.inputs), 'model')}, without training.",
+        *_section("Method", _method(plan)),
+        *_section("Models", _models(plan)),
+        *_section("Layers", [f"- {code(line)}" for line in layer_lines(plan)]),
+        *_section("Recipe", _recipe(plan, recipe_text)),
+        *_section("Result", [f"- {line}" for line in _result(plan, nonfinite)]),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _front_matter(plan: Plan) -> list[str]:
+    bases = [m.hub_id for m in plan.inputs if m.hub_id and _HUB_ID.fullmatch(m.hub_id)]
+    entries: dict[str, str | list[str]] = {}
+    if bases:
+        entries["base_model"] = list(dict.fromkeys(bases))
+    entries["base_model_relation"] = "merge"
+    if plan.architecture:  # `model_type` of config.json, which transformers goes by
+        entries["library_name"] = "transformers"
+    entries["tags"] = list(dict.fromkeys(["merge", "merge_kit", plan.method]))
+    text: str = yaml.safe_dump(entries, sort_keys=False, allow_unicode=True)
+    return ["---", *text.rstrip("\n").split("\n"), "---"]
+
+
+def _section(title: str, lines: Sequence[str]) -> list[str]:
+    return ["", f"## {title}", "", *lines] if lines else []
+
+
+def _name(model: PlanInput) -> str:
+    return model.hub_id or model.name
+
+
+def _method(plan: Plan) -> list[str]:
+    text = inspect.cleandoc(find(plan.method).__doc__ or "")
+    summary, source = text.partition("\n")[0], _SOURCE.search(text)
+    lines = [f"{code(plan.method)}: {prose(summary)} Seed {plan.seed}."]
+    return [*lines, "", f"Source: {prose(source[1])}"] if source else lines
+
+
+def _models(plan: Plan) -> list[str]:
+    rows = [
+        [
+            code(model.key),
+            _linked(model),
+            code(model.revision) if model.revision else "",
+            "base" if model.is_base else "",
+            format_size(sum(file.nbytes for file in model.files)),
+        ]
+        for model in plan.inputs
+    ]
+    return table(["key", "model", "revision", "role", "weights"], rows)
+
+
+def _linked(model: PlanInput) -> str:
+    if model.hub_id and _HUB_ID.fullmatch(model.hub_id):
+        return f"[{plain(model.hub_id)}](https://huggingface.co/{model.hub_id})"
+    return code(_name(model))
+
+
+def _recipe(plan: Plan, recipe_text: str) -> list[str]:
+    lines = fence(portable_recipe(recipe_text, plan.inputs), "yaml")
+    if all(model.hub_id for model in plan.inputs):
+        return lines
+    return [*lines, "", "Models that lay on a disk stand there as `key:name`, without their path."]
+
+
+def _result(plan: Plan, nonfinite: Mapping[str, int]) -> Iterator[str]:
+    known = [plain(plan.architecture)] if plan.architecture else []
+    if plan.layers is not None:
+        known.append(plural(plan.layers, "layer"))
+    yield ", ".join([*known, f"{format_count(plan.parameters)} parameters"])
+    yield f"dtypes: {', '.join(f'{name} {count:,}' for name, count in plan.dtypes) or 'none'}"
+    yield counts_line(plan)
+    for method, count in merged_by_method(plan).items():
+        yield f"merged by {code(method)}: {count:,}"
+    dropped: dict[str, list[str]] = {}
+    for fate in plan.fates:
+        if fate.what == "dropped":
+            dropped.setdefault(fate.why, []).append(f"{fate.tensor} of {fate.model}")
+    for why, names in dropped.items():
+        reason = f" ({plain(without_homes(why))})" if why else ""
+        yield f"left out{reason}: {_listed(names)}"
+    if nonfinite:
+        total = sum(nonfinite.values())
+        yield f"**{total:,} values are NaN or infinite**, in {_listed(sorted(nonfinite))}"
+    yield f"the hash of every tensor is in {code(MANIFEST)}; `mergekit verify` compares"
+
+
+def _listed(names: Sequence[str]) -> str:
+    """Return the first names as code, and how many more there are."""
+    items = [code(name) for name in names[:_SHOWN]]
+    if len(names) > _SHOWN:
+        items.append(f"{len(names) - _SHOWN:,} more")
+    return " and ".join([", ".join(items[:-1]), items[-1]] if len(items) > 1 else items)

@@ -1,0 +1,184 @@
+"""merge_kit.json: what was merged and how, and the hash of every tensor.
+
+The same merge gives the same text on every machine: no clock, no path, no user.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from merge_kit.errors import CheckpointError
+from merge_kit.io.small_files import read_bytes
+from merge_kit.io.strict_json import parse_object, shown
+from merge_kit.plan.values import Plan, PlanInput, SideFile
+from merge_kit.publish.failures import reading
+from merge_kit.publish.recipes import portable_recipe, recipe_hash
+from merge_kit.publish.references import printable
+from merge_kit.publish.side_files import is_inside
+from merge_kit.publish.staging import MANIFEST
+
+FORMAT = 1
+_MAX_BYTES = 256 << 20
+_HASH = re.compile(r"[0-9a-f]{32}")
+_HINT = "it is damaged or was edited; merge again"
+
+
+@dataclass(frozen=True, slots=True)
+class FileRecord:
+    """A file by its name, with its size where the plan knows it."""
+
+    __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
+
+    name: str
+    nbytes: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class InputRecord:
+    """A model that was read."""
+
+    __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
+
+    key: str
+    name: str
+    hub_id: str | None
+    revision: str | None
+    is_base: bool
+    files: tuple[FileRecord, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """Output tensors that were merged and copied, and input tensors that were left out."""
+
+    __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
+
+    merged: int
+    copied: int
+    dropped: int
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """The record of a merge.
+
+    Attributes:
+        recipe: As YAML, local models by their key and folder's name.
+        recipe_hash: See `publish.recipes.recipe_hash`.
+        versions: What the bytes depend on beside recipe and inputs.
+        files: Weight files, in order.
+        side_files: All others, the model card and this record not among them.
+        tensors: Key -> hash.
+        nonfinite: Key -> NaN and infinities that were written.
+        saturated: Key -> values beyond the output dtype.
+    """
+
+    __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
+
+    format: int
+    recipe: str
+    recipe_hash: str
+    versions: dict[str, str]
+    seed: int
+    method: str
+    inputs: tuple[InputRecord, ...]
+    counts: Counts
+    files: tuple[FileRecord, ...]
+    side_files: tuple[FileRecord, ...]
+    tensors: dict[str, str]
+    nonfinite: dict[str, int]
+    saturated: dict[str, int]
+
+    def __post_init__(self) -> None:
+        for file in (*self.files, *self.side_files):
+            if not is_inside(file.name):
+                raise ValueError(f"the file {shown(file.name)} is not in the folder")
+        for key, value in self.tensors.items():
+            if not _HASH.fullmatch(value):
+                raise ValueError(f"the hash of {shown(key)} is {shown(value)}, expected 32 digits")
+
+
+def manifest(
+    plan: Plan,
+    *,
+    recipe_text: str,
+    hashes: Mapping[str, str],
+    nonfinite: Mapping[str, int],
+    saturated: Mapping[str, int],
+    versions: Mapping[str, str],
+) -> str:
+    """Return the text of merge_kit.json.
+
+    Args:
+        recipe_text: The recipe as YAML; paths in it are replaced.
+        hashes: Of every tensor that was written, by its key.
+        nonfinite: NaN and infinities written, by the tensor's key.
+        saturated: Values beyond the output dtype, by the tensor's key.
+        versions: Of merge_kit and torch, and the CPU capability.
+    """
+    record = Manifest(
+        format=FORMAT,
+        recipe=portable_recipe(recipe_text, plan.inputs),
+        recipe_hash=recipe_hash(recipe_text),
+        versions={"python": ".".join(map(str, sys.version_info[:2]))} | dict(versions),
+        seed=plan.seed,
+        method=plan.method,
+        inputs=tuple(_input(model) for model in plan.inputs),
+        counts=Counts(*plan.counts()),
+        files=tuple(FileRecord(shard.name, shard.nbytes) for shard in plan.shards),
+        side_files=tuple(FileRecord(file.name, _size(file)) for file in plan.side_files),
+        tensors=dict(hashes),
+        nonfinite=dict(nonfinite),
+        saturated=dict(saturated),
+    )
+    return json.dumps(asdict(record), indent=1, sort_keys=True, ensure_ascii=True) + "\n"
+
+
+def _input(model: PlanInput) -> InputRecord:
+    files = tuple(FileRecord(printable(file.name), file.nbytes) for file in model.files)
+    name = printable(model.name)
+    return InputRecord(model.key, name, model.hub_id, model.revision, model.is_base, files)
+
+
+def _size(file: SideFile) -> int | None:
+    """Return the size of a text; that of a copy is its source's, whatever it is by then."""
+    return None if file.text is None else len(file.text.encode("utf-8"))
+
+
+def read_manifest(path: Path) -> Manifest:
+    """Return the record in a file.
+
+    Args:
+        path: The file, or the folder that holds it.
+
+    Raises:
+        CheckpointError: If it is not there, is damaged, or has another format.
+    """
+    from pydantic import TypeAdapter, ValidationError  # noqa: PLC0415  (slow; merges don't read)
+
+    with reading(path):
+        path = path / MANIFEST if path.is_dir() else path
+        is_there = path.exists()
+    if not is_there:
+        problem = f"there is no {MANIFEST}"
+        hint = "name a folder that mergekit run has written"
+        raise CheckpointError(problem, where=str(path.parent), hint=hint)
+    raw = read_bytes(path, _MAX_BYTES)
+    found = parse_object(raw, where=str(path), what="record").get("format")
+    if found != FORMAT or isinstance(found, bool):
+        problem = f"has format {shown(found)}, expected {FORMAT}"
+        hint = "was it written by a newer merge_kit?" if isinstance(found, int) else _HINT
+        raise CheckpointError(problem, where=str(path), hint=hint)
+    try:
+        return TypeAdapter(Manifest).validate_json(raw, strict=True)
+    except ValidationError as exc:
+        first = exc.errors(include_url=False, include_input=False)[0]
+        place = ".".join(str(part) for part in first["loc"])
+        problem = f"is no record of a merge: {place}: {first['msg']}"
+        raise CheckpointError(problem, where=str(path), hint=_HINT) from exc

@@ -1,0 +1,143 @@
+"""Recipes as an output shows them: without the places where models lie on one machine."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import yaml
+
+from merge_kit.errors import RecipeError
+from merge_kit.plan.values import PlanInput
+from merge_kit.publish.references import References, folder_name, without_homes
+
+Rewrite = Callable[[str, str], str]
+_STRING = "tag:yaml.org,2002:str"
+_SCALARS: Any = yaml.SafeLoader("")
+_REFERENCES = {"model", "base_model", "lora", "path", "copy", "source", "tokenizer_source"}
+_NO_REFERENCES_BELOW = {"parameters"}
+
+
+def portable_recipe(recipe_text: str, inputs: Sequence[PlanInput]) -> str:
+    """Return a recipe with each local reference replaced by `input-1:name`, as YAML.
+
+    Hub ids and names of stages stay. Comments are left out, since nobody looks through them for
+    paths and names.
+
+    Raises:
+        RecipeError: If the text is no YAML.
+    """
+    documents = _documents(recipe_text)
+    references = References(inputs, set(_stage_names(documents)))
+
+    def rewrite(key: str, text: str) -> str:
+        if key in _REFERENCES:
+            return references.portable(key, text)
+        return folder_name(text) if key == "output" else without_homes(text)
+
+    seen: set[int] = set()
+    for document in documents:
+        _rewrite(document, "", rewrite, seen)
+    shown: str = yaml.serialize_all(
+        documents, Dumper=yaml.SafeDumper, allow_unicode=True, width=100
+    )
+    return shown
+
+
+def recipe_hash(text: str) -> str:
+    """Return a hash, 32 hex digits, of what a recipe says.
+
+    Comments, layout, the order of keys, the output's name and the folders that models lie in do
+    not count: of a reference, the last part of each path does.
+
+    Raises:
+        RecipeError: If the text is no YAML.
+    """
+    known: dict[tuple[int, str], str] = {}
+    try:
+        return _digest(*(_node_hash(document, "", known) for document in _documents(text)))
+    except RecursionError as exc:
+        raise RecipeError("the recipe is nested too deeply, or an alias in itself") from exc
+
+
+def _documents(text: str) -> list[Any]:
+    """Return the root nodes of the documents that are not empty."""
+    try:
+        nodes = list(yaml.compose_all(text, Loader=yaml.SafeLoader))
+    except (yaml.YAMLError, RecursionError) as exc:
+        problem = "not valid YAML, or nested too deeply"
+        raise RecipeError(problem, hint="is it the recipe's text?") from exc
+    return [node for node in nodes if not node.tag.endswith(":null")]
+
+
+def _stage_names(documents: Sequence[Any]) -> Iterator[str]:
+    for document in documents:
+        if isinstance(document, yaml.MappingNode):
+            yield from (v.value for k, v in document.value if k.value == "name")
+
+
+def _rewrite(node: Any, key: str, rewrite: Rewrite, seen: set[int]) -> None:
+    """Replace texts in place; an item of a list stands under the key of the list."""
+    if isinstance(node, yaml.ScalarNode):
+        text = rewrite(key, node.value)
+        if text != node.value:
+            node.tag, node.value, node.style = _STRING, text, None
+        return
+    if id(node) in seen:
+        return
+    seen.add(id(node))
+    for name, child in _children(node, key):
+        _rewrite(child, name, rewrite, seen)
+
+
+def _children(node: Any, key: str) -> Iterator[tuple[str, Any]]:
+    """Yield each child with the key that it stands under; "" below what holds no reference."""
+    if isinstance(node, yaml.SequenceNode):
+        yield from ((key, child) for child in node.value)
+        return
+    free = key in _NO_REFERENCES_BELOW
+    for name, child in node.value:
+        yield from ((key if free else str(name.value), child), ("", name))
+
+
+def _node_hash(node: Any, key: str, known: dict[tuple[int, str], str]) -> str:
+    if isinstance(node, yaml.ScalarNode):
+        return _digest(_last_parts(node.value) if key in _REFERENCES else _value(node))
+    at = id(node), key  # aliases are hashed once, however often they stand
+    if at not in known:
+        known[at] = _digest(node.id, *_parts(node, key, known))
+    return known[at]
+
+
+def _parts(node: Any, key: str, known: dict[tuple[int, str], str]) -> list[str]:
+    if isinstance(node, yaml.SequenceNode):
+        return [_node_hash(child, key, known) for child in node.value]
+    free = key in _NO_REFERENCES_BELOW
+    return sorted(
+        _digest(str(name.value), _node_hash(child, key if free else str(name.value), known))
+        for name, child in node.value
+        if key or name.value != "output"
+    )
+
+
+def _value(node: Any) -> str:
+    """Return a scalar as text: numbers that are equal give equal texts."""
+    try:
+        value = _SCALARS.construct_object(node)
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)
+        return without_homes(value) if isinstance(value, str) else repr(value)
+    except (ValueError, KeyError, OverflowError, yaml.YAMLError):
+        return str(node.value)
+
+
+def _last_parts(text: str) -> str:
+    parts = (re.sub(r"^(input-\d+|local):", "", part) for part in text.split("+"))
+    return "+".join(folder_name(part).removesuffix(".safetensors") for part in parts)
+
+
+def _digest(*parts: str) -> str:
+    joined = b"".join(f"{len(part)}:{part}".encode("utf-8", "surrogatepass") for part in parts)
+    return hashlib.blake2b(joined, digest_size=16).hexdigest()
