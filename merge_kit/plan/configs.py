@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from merge_kit.architecture.config import with_dtype, with_tied
+from merge_kit.architecture.config import read_config, with_dtype, with_tied
 from merge_kit.architecture.stacking import stacked_config
 from merge_kit.architecture.ties import is_tied
 from merge_kit.core.dtypes import config_name, is_float
+from merge_kit.errors import CheckpointError
 from merge_kit.plan.assemble import Assembly
 from merge_kit.plan.models import Model, Part
 from merge_kit.plan.steps import Made
@@ -24,28 +25,35 @@ def _text(assembly: Assembly, part: Part, made: Sequence[Made]) -> str | None:
     text = part.config_text
     if text is None:
         return None
+    try:
+        return _patched(assembly, part, made, text)
+    except CheckpointError as error:
+        where = f"{assembly.donor.label}/{error.where}"
+        raise CheckpointError(error.problem, where=where, hint=error.hint) from error
+
+
+def _patched(assembly: Assembly, part: Part, made: Sequence[Made], text: str) -> str:
     if assembly.stack is not None and part == assembly.donor.main:
         origins = [(_config_text(model), layer) for model, layer in assembly.first_sources]
         text = stacked_config(text, assembly.stack, origins)
     own = [m for m in made if m.held.component == part.path]
     dtype = main_dtype(own)
-    if dtype is not None and (_named(assembly) or not _says(text, config_name(dtype))):
+    named = assembly.stage.out_dtype or assembly.stage.dtype
+    if dtype is not None and (named or _stated_dtype(text) != config_name(dtype)):
         text = with_dtype(text, config_name(dtype))
     if part == assembly.donor.main and _untied(assembly.donor, own):
         text = with_tied(text, tied=False)
     return text
 
 
-def _named(assembly: Assembly) -> bool:
-    return bool(assembly.stage.out_dtype or assembly.stage.dtype)
+def _stated_dtype(text: str) -> str:
+    """Return the dtype that a config states, "" if it states none."""
+    config = read_config(text, "config.json")
+    return str(config.get("dtype") or config.get("torch_dtype") or "").removeprefix("torch.")
 
 
 def _config_text(model: Model) -> str:
     return model.main.config_text or "{}"
-
-
-def _says(text: str, name: str) -> bool:
-    return f'"{name}"' in text or f'"torch.{name}"' in text
 
 
 def main_dtype(made: Sequence[Made]) -> str | None:

@@ -65,17 +65,19 @@ def _check_vocabularies(
     own = _texts(lender)
     for model in models:
         other = _texts(model)
-        if model is lender or not own or not other or same_vocabulary(own, other):
+        same = same_vocabulary(own, other) if model is not lender and own and other else True
+        if same:
             continue
+        differ = "differ" if same is False else "may differ"
         if stage.tokenizer is None:
             findings.note(
-                f"the vocabularies of {lender.label} and {model.label} differ; rows are merged by "
+                f"the vocabularies of {lender.label} and {model.label} {differ}; rows are merged by "
                 f"index, and the tokenizer of {lender.label} is taken"
             )
         else:
             findings.problem(
                 MismatchError(
-                    f"the vocabularies of {lender.label} and {model.label} differ, and rows "
+                    f"the vocabularies of {lender.label} and {model.label} {differ}, and rows "
                     "cannot be matched by token yet",
                     where=str(stage.tokenizer.mark),
                     hint="leave tokenizer_source out to merge rows by index, or bring the models "
