@@ -11,10 +11,19 @@ from typing import Unpack
 
 import click
 
-from merge_kit.cli.options import Planning, json_option, output_option, planning_options
+from merge_kit.cli.options import (
+    Planning,
+    json_option,
+    output_option,
+    overrides_option,
+    planning_options,
+    seed_option,
+    shard_size_option,
+)
 
 RECIPE = click.argument("recipe", type=click.Path(path_type=Path))
 FOLDER = click.Path(path_type=Path)
+SHARD_BYTES = 5_000_000_000
 
 
 def _show_version(context: click.Context, _: click.Parameter, wanted: bool) -> None:
@@ -151,22 +160,34 @@ def schema() -> None:
 @app.command()
 @click.argument("out", type=FOLDER)
 @click.option("--against", type=FOLDER, metavar="RECIPE", help="A recipe it should come from.")
+@overrides_option
+@seed_option
 @json_option
-def verify(out: Path, against: Path | None, as_json: bool) -> None:
-    """Check the merged model in OUT against its manifest.
+def verify(
+    out: Path,
+    against: Path | None,
+    overrides: tuple[str, ...],
+    seed: int | None,
+    as_json: bool,
+) -> None:
+    """Check the merged model in OUT against its record.
 
-    The exit code is 3 if anything differs.
+    With --against, also whether it comes from that recipe, with --set and --seed as they were
+    given to the run. The exit code is 3 if anything differs.
     """
-    from merge_kit.cli.verifying import show_verification  # noqa: PLC0415
+    from merge_kit.cli.verifying import Origin, show_verification  # noqa: PLC0415
 
-    show_verification(out, against, as_json=as_json)
+    origin = None if against is None else Origin(against, overrides, seed)
+    show_verification(out, origin, as_json=as_json)
 
 
 @app.command()
 @click.argument("pickled", type=FOLDER)
 @output_option(required=True)
-def convert(pickled: Path, output: Path) -> None:
+@shard_size_option
+@json_option
+def convert(pickled: Path, output: Path, shard_size: int | None, as_json: bool) -> None:
     """Convert PICKLED weights (.bin, .pt) to safetensors."""
     from merge_kit.cli.converting import convert_weights  # noqa: PLC0415
 
-    convert_weights(pickled, output)
+    convert_weights(pickled, output, shard_size or SHARD_BYTES, as_json=as_json)

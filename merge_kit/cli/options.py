@@ -32,22 +32,37 @@ def size(text: str) -> int:
         raise click.BadParameter(f"{exc.problem}; {exc.hint}") from exc
 
 
+def overrides_option(command: F) -> F:
+    """Add `--set`."""
+    return click.option(
+        "--set",
+        "overrides",
+        multiple=True,
+        metavar="KEY=VALUE",
+        help="Change the recipe: models.0.parameters.weight=0.5 (repeatable; value as YAML).",
+    )(command)
+
+
+def seed_option(command: F) -> F:
+    """Add `--seed`."""
+    return click.option("--seed", type=int, metavar="N", help="Seed of everything random.")(command)
+
+
+def shard_size_option(command: F) -> F:
+    """Add `--shard-size`."""
+    text = "Largest shard, for example 5GB or 2GiB."
+    return click.option("--shard-size", type=size, metavar="SIZE", help=text)(command)
+
+
 def planning_options(command: F) -> F:
     """Add the options that decide a plan."""
+    threads, memory = "Threads that merge.", "Most memory of the whole process."
     for option in (
-        click.option(
-            "--set",
-            "overrides",
-            multiple=True,
-            metavar="KEY=VALUE",
-            help="Change the recipe: models.0.parameters.weight=0.5 (repeatable; value as YAML).",
-        ),
-        click.option("--seed", type=int, metavar="N", help="Seed of everything random."),
-        click.option("--shard-size", type=size, metavar="SIZE", help="Largest shard: 5GB, 2GiB."),
-        click.option("--memory", type=size, metavar="SIZE", help="Memory of the whole process."),
-        click.option(
-            "--threads", type=click.IntRange(min=1), metavar="N", help="Threads that merge."
-        ),
+        click.option("--threads", type=click.IntRange(min=1), metavar="N", help=threads),
+        click.option("--memory", type=size, metavar="SIZE", help=memory),
+        shard_size_option,
+        seed_option,
+        overrides_option,
     ):
         command = option(command)
     return command

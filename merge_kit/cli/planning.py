@@ -30,7 +30,7 @@ def show_plan(
         return
     print_summary(plan, output_of(recipe, planning, output))
     if layers:
-        print("\n" + "\n".join(layer_lines(plan) or ["no layers"]))
+        print("\n" + "\n".join(layer_lines(plan)))
     if rules:
         print("\n" + "\n".join(rule_lines(plan) or ["no tensors"]))
 

@@ -23,7 +23,14 @@ from merge_kit.plan.values import LayerOrigin, Plan, Step
 
 def layer_lines(plan: Plan) -> list[str]:
     """Return one line for each longest run of layers that come from consecutive layers."""
-    return [_layer_line(run) for run in _runs(plan.layer_map)]
+    labels = _labels(plan)
+    lines = [_layer_line(run, labels) for run in _runs(plan.layer_map)]
+    return lines or ["no layer is moved: each comes from the layers of the same number"]
+
+
+def _labels(plan: Plan) -> dict[str, str]:
+    """Return `input-1:name` for each input's key; stages have no other name than their key."""
+    return {model.key: f"{model.key}:{model.name}" for model in plan.inputs}
 
 
 def _runs(origins: Sequence[LayerOrigin]) -> Iterator[list[LayerOrigin]]:
@@ -42,11 +49,11 @@ def _follows(before: LayerOrigin, after: LayerOrigin) -> bool:
     return (after.stack, after.layer, after.sources) == (before.stack, before.layer + 1, expected)
 
 
-def _layer_line(run: Sequence[LayerOrigin]) -> str:
+def _layer_line(run: Sequence[LayerOrigin], labels: Mapping[str, str]) -> str:
     first, last = run[0], run[-1]
     pairs = zip(first.sources, last.sources, strict=True)
-    sources = ", ".join(f"{model} {_span(start, stop)}" for (model, start), (_, stop) in pairs)
-    return f"{first.stack} {_span(first.layer, last.layer)} from {sources}"
+    sources = [f"{labels.get(key, key)} {_span(start, stop)}" for (key, start), (_, stop) in pairs]
+    return f"{first.stack} {_span(first.layer, last.layer)} from {', '.join(sources)}"
 
 
 def _span(first: int, last: int) -> str:
@@ -55,21 +62,26 @@ def _span(first: int, last: int) -> str:
 
 def rule_lines(plan: Plan) -> list[str]:
     """Return one line for each output tensor: its name, what is done, and from what."""
-    files = file_keys(plan)
-    return [f"{target.key}: {_rule(step, files)}" for step in plan.steps for target in step.outputs]
+    files, labels = file_keys(plan), _labels(plan)
+    return [
+        f"{target.key}: {_rule(step, files, labels)}"
+        for step in plan.steps
+        for target in step.outputs
+    ]
 
 
-def _rule(step: Step, files: Mapping[Path, str]) -> str:
+def _rule(step: Step, files: Mapping[Path, str], labels: Mapping[str, str]) -> str:
     note = f" ({step.note})" if step.note else ""
+    operands = [labels.get(model, model) for model in step.models]
     if step.method is None:
-        return f"copy {', '.join(step.models)}{note}"
-    operands = list(step.models)
+        return f"copy {', '.join(operands)}{note}"
     if step.weights and "weight" in arguments(step.method):
-        pairs = zip(step.models, step.weights, strict=True)
+        pairs = zip(operands, step.weights, strict=True)
         operands = [f"{model} * {weight:g}" for model, weight in pairs]
     if step.base is not None:
-        operands.insert(0, f"base {origin(step.base, files)}")
-    return f"{_call(step.method)} of {', '.join(operands) or 'nothing'}{note}"
+        base = origin(step.base, files)
+        operands.insert(0, f"base {labels.get(base, base)}")
+    return f"{_call(step.method)} of {', '.join(operands)}{note}"
 
 
 def _call(method: MergeMethod) -> str:

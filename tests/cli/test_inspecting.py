@@ -3,7 +3,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from conftest import CONFIG, SHAPES, write_model
+from handwritten import CONFIG, SHAPES, write_model
 
 from merge_kit.cli import main
 

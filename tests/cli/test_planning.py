@@ -21,7 +21,7 @@ def test_a_plan_is_a_table_of_at_most_80_columns(library, recipe, capsys):
 def test_layers_and_rules_come_after_the_table(library, recipe, capsys):
     assert main(["plan", "soup.yaml", "--layers", "--rules"]) == 0
     _, layers, rules = capsys.readouterr().out.split("\n\n")
-    assert layers == "layers 0 from input-1 4"
+    assert layers == "layers 0 from input-1:a 4"
     assert rules == "no tensors\n"
 
 

@@ -163,27 +163,32 @@ def test_a_revision_is_shown_with_its_model(plan):
 
 def test_layers_are_compressed_to_runs_that_advance_together(plan):
     assert layer_lines(plan) == [
-        "layers 0-1 from input-1 2-3, input-2 0-1",
-        "layers 2 from input-1 3, input-2 2",
+        "layers 0-1 from input-1:a 2-3, input-2:b 0-1",
+        "layers 2 from input-1:a 3, input-2:b 2",
     ]
+
+
+def test_layers_that_stay_are_not_listed(plan):
+    lines = layer_lines(replace(plan, layer_map=()))
+    assert lines == ["no layer is moved: each comes from the layers of the same number"]
 
 
 def test_stacks_are_never_joined(plan):
     origins = (
         LayerOrigin("encoder", 0, (("input-1", 0),)),
-        LayerOrigin("decoder", 1, (("input-1", 1),)),
+        LayerOrigin("decoder", 1, (("a stage", 1),)),
     )
     assert layer_lines(replace(plan, layer_map=origins)) == [
-        "encoder 0 from input-1 0",
-        "decoder 1 from input-1 1",
+        "encoder 0 from input-1:a 0",
+        "decoder 1 from a stage 1",
     ]
 
 
 def test_every_output_tensor_has_one_rule(plan):
     assert rule_lines(plan) == [
-        "layers.0.up: linear(normalize=true) of input-1 * 0.25, input-2 * 0.75",
-        "norm: slerp(t=0.5, flatten=true) of base input-1, input-2",
-        "steps: copy input-1 (integers agree)",
+        "layers.0.up: linear(normalize=true) of input-1:a * 0.25, input-2:b * 0.75",
+        "norm: slerp(t=0.5, flatten=true) of base input-1:a, input-2:b",
+        "steps: copy input-1:a (integers agree)",
     ]
 
 
