@@ -39,14 +39,18 @@ def _run(words: list[str]) -> int:
     try:
         with app.make_context("mergekit", words) as context:
             app.invoke(context)
-        sys.stdout.flush()
+        _flush()
     except click.exceptions.Exit as exc:
-        sys.stdout.flush()
+        _flush()
         return exc.exit_code
     except click.ClickException as exc:
         exc.show()
         return exc.exit_code
     return 0
+
+
+def _flush() -> None:
+    print(end="", flush=True)  # unlike sys.stdout.flush, works where there is no standard output
 
 
 def _fail(exc: Exception) -> int:

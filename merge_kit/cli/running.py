@@ -44,7 +44,7 @@ def run_recipe(recipe: Path, output: Path | None, choices: Choices, planning: Pl
     place = output_of(recipe, planning, output)
     if not choices.speaks_json:
         print_summary(api.plan(recipe, **planning), place)
-        sys.stdout.flush()
+        print(flush=True)
     merge = _merge(recipe, place, choices, planning)
     if choices.speaks_json:
         print_json_line(_result(merge))
@@ -95,7 +95,6 @@ def _closing_lines(merge: api.Merge) -> list[str]:
     peak, promised = format_size(report.peak_bytes), format_size(plan.bill.peak_bytes)
     resumed = [f"went on from an earlier run that had finished {report.resumed:,} steps"]
     return [
-        "",
         counts_line(plan),
         *(resumed if report.resumed else []),
         f"{report.seconds:.1f} s, {rate}/s read and written, peak memory {peak} of {promised}",

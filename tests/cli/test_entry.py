@@ -93,6 +93,11 @@ def test_help_names_every_command_in_working_order(capsys):
     assert max(map(len, out.splitlines())) <= 80
 
 
+def test_a_closed_standard_output_is_no_error(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    assert main(["methods"]) == 0
+
+
 def python(code: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False
