@@ -17,6 +17,12 @@ _FOREIGN = (
 _CODE = (".py", ".pyc", ".pyi", ".so", ".sh", ".ipynb")
 _RECORDS = ("merge_kit.json", "mergekit_config.yml", "mergekit_config.yaml")
 _STATES = ("events.out.tfevents.", "trainer_state.", "optimizer.", "rng_state", "scheduler.")
+_CARD = "replaced by the merge's own card"
+_RECORD = "a record of an earlier merge"
+_INDEX = "rebuilt from the output's own shards"
+_UNUSED = "not among the weights that are used"
+OF_COURSE = frozenset((_CARD, _RECORD, _INDEX, _UNUSED))
+"""Reasons that nobody needs to be told: the output has its own, or a warning says it already."""
 _LLAMA_CPP = "convert the original model, or use llama.cpp's converter to get safetensors"
 
 
@@ -29,11 +35,11 @@ def why_left_out(relative: str) -> str:
     name = relative.rpartition("/")[2]
     lower = name.lower()
     if relative.lower() == "readme.md":
-        return "replaced by the merge's own card"
+        return _CARD
     if name in _RECORDS:
-        return "a record of an earlier merge"
+        return _RECORD
     if is_index(name):
-        return "rebuilt from the output's own shards"
+        return _INDEX
     if lower.endswith(_CODE):
         return "code is not copied"
     if lower.startswith(_STATES) or lower == "training_args.bin":
@@ -41,7 +47,7 @@ def why_left_out(relative: str) -> str:
     if lower.endswith((*PICKLED, *_FOREIGN)):
         return "weights in another format would be stale"
     if lower.endswith(SAFETENSORS):
-        return "not among the weights that are used"
+        return _UNUSED
     return ""
 
 

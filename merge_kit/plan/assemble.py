@@ -160,11 +160,12 @@ class Assembler:
     def _outside(self, group: Group, stack: Stack, keep: Names, role: str) -> list[Item]:
         order = [*([group.base] if group.base in group.models else []), *group.models]
         names = dict.fromkeys(n for m in order if m for n in m.tensors)
+        stacks = tuple(dict.fromkeys(s for m in order if m for s in m.stacks))
         items = []
         for name in names:
             if not keep(name) or split_layer(name, stack) is not None:
                 continue
-            if outside_role(name, stack) == role:
+            if outside_role(name, stack, stacks) == role:
                 parts = self.parts(group, dict.fromkeys(group.models, name))
                 items.append(self.item(group, name, parts, 0.0))
         return items

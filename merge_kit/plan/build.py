@@ -13,6 +13,7 @@ from typing import Any
 from merge_kit.architecture.quantised import quantisation_problem
 from merge_kit.core.dtypes import is_float
 from merge_kit.errors import MergeKitError, MismatchError
+from merge_kit.io.side_files import OF_COURSE
 from merge_kit.plan import cost
 from merge_kit.plan.accounts import fates
 from merge_kit.plan.assemble import Assembly
@@ -159,11 +160,15 @@ def _notes(planner: _Planner, donor: Model, last: _Planned) -> None:
         assert model.checkpoint is not None
         for warning in model.checkpoint.warnings:
             findings.note(f"{model.label}: {warning}")
+    assert donor.checkpoint is not None
+    for name, why in donor.checkpoint.left_out.items():
+        if why not in OF_COURSE:
+            findings.note(f"{donor.label}: {name} is left out: {why}")
     for made in last.made:
         if made.item.note and made.fate == "merged":
             findings.note(f"{made.item.name}: {made.item.note}")
     base = last.assembly.base
-    if base is not None and stage.models and base is not None:
+    if base is not None and stage.models:
         listed = {planner.inputs.find(entry.model) for entry in stage.models}
         if base not in listed:
             _note_added_base(findings, base, last)

@@ -6,9 +6,9 @@ has `dtype` (of what it yields before conversion) and `shape`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from merge_kit.core.dtypes import promoted
 from merge_kit.core.tensors import ByteSpan
@@ -22,6 +22,19 @@ class Stored:
     """Bytes of a file."""
 
     span: ByteSpan
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Memory:
+    """A tensor in memory.
+
+    Attributes:
+        tensor: torch's, flat, contiguous, on the CPU; planning does not look into it.
+    """
+
+    tensor: Any = field(repr=False)
     dtype: str
     shape: tuple[int, ...]
 
@@ -152,7 +165,7 @@ class Merged:
     spill: int | None = None
 
 
-Source = Stored | LowRank | Rows | Concat | View | Permuted | Projected | Generated | Merged
+Source = Stored | Memory | LowRank | Rows | Concat | View | Permuted | Projected | Generated | Merged
 
 
 def elements(source: Source) -> int:

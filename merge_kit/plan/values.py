@@ -38,7 +38,7 @@ class Step:
         method: The method with its evaluated parameters; None for a copy.
         base: The base operand, for methods that take one.
         inputs: One source a model, in the order of `models`.
-        models: Keys of the models ("input-2"), the same on every machine.
+        models: Labels of the models ("input-2:code"), the same on every machine.
         agree: For a copied integer or bool tensor: sources that must hold the same bytes.
         aux: Further operands by name.
         compute: "F32", or "F64" where an input or output is F64 or many models are summed.
