@@ -30,12 +30,12 @@ def component_of(name: str, keys: Sequence[str], stacks: Sequence[Stack]) -> str
     leading = [key for key in keys if name.startswith((f"{key}.", f"{key}/"))]
     if leading:
         return max(leading, key=len)
-    kind = _kind(name)
+    kind = kind_of(name)
     if kind == "vision":
         kind = next((key for key in _VISION if key in keys), kind)
     if kind in keys:
         return kind
-    side = _side(name)
+    side = side_of(name)
     if side in keys:
         return side
     everything = len(stacks) <= 1 or outermost(name) is None
@@ -49,8 +49,8 @@ def component_names(names: Iterable[str], stacks: Sequence[Stack]) -> tuple[str,
     if len(stacks) > 1:
         found |= dict.fromkeys(stack.prefix for stack in stacks)
     found |= dict.fromkeys(name.rpartition("/")[0] for name in names if "/" in name)
-    kinds = {_kind(name) for name in names}
-    sides = {_side(name) for name in names}
+    kinds = {kind_of(name) for name in names}
+    sides = {side_of(name) for name in names}
     if len(kinds) > 1:
         found |= dict.fromkeys(sorted(kinds & {"text_decoder", "multi_modal_projector"}))
         if "vision" in kinds:
@@ -61,7 +61,7 @@ def component_names(names: Iterable[str], stacks: Sequence[Stack]) -> tuple[str,
     return tuple(key for key in found if key)
 
 
-def _kind(name: str) -> str:
+def kind_of(name: str) -> str:
     """Return the part of a multimodal model; what is no other part is the text decoder."""
     parts = name.rpartition("/")[2].lower().split(".")
     if any(part.endswith(_PROJECTORS) or "deepstack_merger" in part for part in parts):
@@ -73,7 +73,7 @@ def _kind(name: str) -> str:
     return "text_decoder"
 
 
-def _side(name: str) -> str:
+def side_of(name: str) -> str:
     """Return "encoder", "decoder" or "shared" of an encoder-decoder, "" for other tensors."""
     parts = name.split(".")
     if any(head in parts for head in _HEADS):

@@ -63,3 +63,30 @@ def test_embeddings_and_what_leads_in_stand_before(name, prefix):
 @pytest.mark.parametrize(("name", "prefix"), AFTER)
 def test_final_norms_and_heads_stand_after(name, prefix):
     assert outside_role(name, Stack(prefix, 1, (0,))) == "after"
+
+
+@pytest.mark.parametrize(
+    ("name", "prefix", "role"),
+    [
+        ("vision_tower.encoder.layers.0.layer_norm1.weight", "model.layers", "before"),
+        ("vision_tower.encoder.layers.0.self_attn.out_proj.weight", "model.layers", "before"),
+        ("vision_tower.post_layernorm.weight", "language_model.model.layers", "before"),
+        ("multi_modal_projector.norm.weight", "language_model.model.layers", "before"),
+        ("audio_tower.layer_norm.weight", "language_model.model.layers", "before"),
+        ("language_model.model.embed_tokens.weight", "vision_tower.encoder.layers", "after"),
+        ("encoder.final_layer_norm.weight", "decoder.block", "before"),
+        ("decoder.block.0.layer.0.layer_norm.weight", "encoder.block", "after"),
+        ("model.decoder.embed_positions.weight", "model.encoder.layers", "after"),
+    ],
+)
+def test_another_part_of_the_model_stands_on_one_side_as_a_whole(name, prefix, role):
+    assert outside_role(name, Stack(prefix, 1, (0,))) == role
+
+
+def test_a_module_with_layers_of_its_own_stands_where_its_name_puts_it():
+    own, qformer = Stack("model.layers", 1, (0,)), Stack("model.qformer.layer", 1, (0,))
+    head = Stack("classifier", 3, (0, 2))
+    for name in ("model.qformer.norm.weight", "model.qformer.layer.0.norm.weight"):
+        assert outside_role(name, own, (own, qformer, head)) == "before"
+    for name in ("classifier.0.weight", "classifier.2.weight"):
+        assert outside_role(name, own, (own, qformer, head)) == "after"
