@@ -40,7 +40,7 @@ def model_card(plan: Plan, *, recipe_text: str, nonfinite: Mapping[str, int]) ->
         f"Made by merge_kit from {plural(len(plan.inputs), 'model')}, without training.",
         *_section("Method", _method(plan)),
         *_section("Models", _models(plan)),
-        *_section("Layers", [f"- {code(line)}" for line in layer_lines(plan)]),
+        *_section("Layers", _layers(plan)),
         *_section("Recipe", _recipe(plan, recipe_text)),
         *_section("Result", [f"- {line}" for line in _result(plan, nonfinite)]),
     ]
@@ -93,6 +93,11 @@ def _linked(model: PlanInput) -> str:
     if model.hub_id and _HUB_ID.fullmatch(model.hub_id):
         return f"[{plain(model.hub_id)}](https://huggingface.co/{model.hub_id})"
     return code(_name(model))
+
+
+def _layers(plan: Plan) -> list[str]:
+    """Return the layers' origins in ranges, where a recipe stacks layers."""
+    return [f"- {code(line)}" for line in layer_lines(plan)] if plan.layer_map else []
 
 
 def _recipe(plan: Plan, recipe_text: str) -> list[str]:

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 from merge_kit.errors import CheckpointError
 from merge_kit.io.small_files import read_bytes
-from merge_kit.io.strict_json import parse_object, shown
+from merge_kit.io.strict_json import is_printable, parse_object, shown
 from merge_kit.plan.values import Plan, PlanInput, SideFile
 from merge_kit.publish.failures import reading
 from merge_kit.publish.recipes import portable_recipe, recipe_hash
@@ -97,9 +97,11 @@ class Manifest:
 
     def __post_init__(self) -> None:
         for file in (*self.files, *self.side_files):
-            if not is_inside(file.name):
+            if not is_inside(file.name) or not is_printable(file.name):
                 raise ValueError(f"the file {shown(file.name)} is not in the folder")
         for key, value in self.tensors.items():
+            if not is_printable(key):
+                raise ValueError(f"the name {shown(key)} cannot be printed")
             if not _HASH.fullmatch(value):
                 raise ValueError(f"the hash of {shown(key)} is {shown(value)}, expected 32 digits")
 

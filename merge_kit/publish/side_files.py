@@ -72,9 +72,10 @@ def _regular(path: Path) -> Iterator[BinaryIO]:
     with reading(path):
         # Not blocking: a pipe of this name must be refused, not waited for.
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise CheckpointError("is no regular file", where=path.name, hint="replace it")
     with os.fdopen(descriptor, "rb") as file:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise CheckpointError("is no regular file", where=path.name, hint="replace it")
         yield file
 
 

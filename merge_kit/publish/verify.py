@@ -15,6 +15,7 @@ from merge_kit.errors import CheckpointError
 from merge_kit.io.header import read_header
 from merge_kit.publish.failures import reading
 from merge_kit.publish.manifest import Manifest, read_manifest
+from merge_kit.publish.references import printable
 
 _THREADS = 2
 _CHUNKS = 32
@@ -56,7 +57,7 @@ def verify(folder: Path) -> Verification:
     found: dict[str, StoredTensor] = {}
     for file in record.files:
         path = folder / file.name
-        if not path.is_file():
+        if _size(path) is None:
             continue
         try:
             tensors = read_header(path).tensors
@@ -76,19 +77,22 @@ def verify(folder: Path) -> Verification:
 
 def _file_problems(folder: Path, record: Manifest) -> Iterable[str]:
     for file in (*record.files, *record.side_files):
-        path = folder / file.name
-        if not path.is_file():
+        size = _size(folder / file.name)
+        if size is None:
             yield f"{file.name}: missing"
-            continue
-        with reading(path):
-            size = path.stat().st_size
-        if file.nbytes is not None and size != file.nbytes:
+        elif file.nbytes is not None and size != file.nbytes:
             yield f"{file.name}: {size} bytes, expected {file.nbytes}"
     known = {file.name for file in (*record.files, *record.side_files)}
     for path in sorted(folder.rglob("*.safetensors")):
         name = path.relative_to(folder).as_posix()
         if name not in known:
-            yield f"{name}: unexpected"
+            yield f"{printable(name)}: unexpected"
+
+
+def _size(path: Path) -> int | None:
+    """Return the size of a file, None if there is none."""
+    with reading(path):
+        return path.stat().st_size if path.is_file() else None
 
 
 def _key(file: str, tensor: str) -> str:

@@ -36,12 +36,12 @@ def stored(start: int) -> Stored:
     return Stored(ByteSpan(Path("/home/alice/models/base"), start, start + 8), "F32", (2,))
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def recipe() -> str:
     return RECIPE
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_plan():
     """Return a plan of two models, one merged and one copied tensor; keywords replace fields."""
 
@@ -73,7 +73,6 @@ def make_plan():
                 ),
                 Step("copy", (norm,), (stored(8),), ("input-1",)),
             ),
-            spills=(),
             shards=(Shard("model.safetensors", b"", 116),),
             side_files=(SideFile("config.json", text="{}\n"), SideFile("vocab", Path("/x/vocab"))),
             inputs=(base, code),
