@@ -66,6 +66,7 @@ def run_plan(
         Writer(kernel_copy=kernel_copy) as writer,
         Journal(folder) as journal,
         _one_torch_thread(),
+        _open_files(len(files) + len(plan.shards)),
     ):
         run = RunState(plan, folder, reader, writer, journal, tally, allow_nonfinite)
         for shard in plan.shards:
@@ -107,6 +108,20 @@ def _one_torch_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+@contextmanager
+def _open_files(count: int) -> Iterator[None]:
+    """Let this process open so many files at once, where the system's hard limit allows it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = count + 256
+    if soft != resource.RLIM_INFINITY and wanted > soft:
+        most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def _tasks(run: RunState, left: list[tuple[int, Step]], shared: Shared) -> Iterator[Task]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import threading
 import time
 from collections import Counter
@@ -303,3 +304,17 @@ def test_what_a_task_leads_to_goes_first():
 def test_written_files_load_with_safetensors(tmp_path):
     run(many(tmp_path, 3), tmp_path / "out")
     assert set(load_file(tmp_path / "out/model.safetensors")) == {"t0", "t1", "t2"}
+
+
+def test_more_files_than_the_soft_limit_are_opened(tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    sources = [stored(tmp_path, f"m{i}", normal(3)) for i in range(120)]
+    paths = [tmp_path / f"m{i}.safetensors" for i in range(120)]
+    mean = Linear(weight=PerModel([1.0] * 120))
+    one = step(mean, sources, compute="F64")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 60, hard))
+    try:
+        result = run([one], tmp_path / "out", inputs=[plan_input(p) for p in paths])
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert result["x"].shape == (3,)
