@@ -167,11 +167,13 @@ def read_manifest(path: Path) -> Manifest:
     with reading(path):
         path = path / MANIFEST if path.is_dir() else path
         is_there = path.exists()
+        # The buffer is allocated for the limit, so the limit is what the file holds.
+        limit_bytes = min(path.stat().st_size, _MAX_BYTES) if is_there else 0
     if not is_there:
         problem = f"there is no {MANIFEST}"
         hint = "name a folder that mergekit run has written"
         raise CheckpointError(problem, where=str(path.parent), hint=hint)
-    raw = read_bytes(path, _MAX_BYTES)
+    raw = read_bytes(path, limit_bytes)
     found = parse_object(raw, where=str(path), what="record").get("format")
     if found != FORMAT or isinstance(found, bool):
         problem = f"has format {shown(found)}, expected {FORMAT}"
