@@ -27,7 +27,7 @@ def read_bytes(path: Path, max_bytes: int) -> bytes:
             if status.st_size > max_bytes:
                 problem = f"holds {status.st_size} bytes, expected at most {max_bytes}"
                 raise CheckpointError(problem, where=str(path), hint="is it the right file?")
-            return file.read(max_bytes)
+            return file.read(status.st_size)  # a larger number would be allocated
     except OSError as exc:
         problem = f"cannot read: {exc.strerror}"
         raise CheckpointError(problem, where=str(path), hint="check path and permissions") from exc
