@@ -313,7 +313,8 @@ def test_more_files_than_the_soft_limit_are_opened(tmp_path):
     paths = [tmp_path / f"m{i}.safetensors" for i in range(120)]
     mean = Linear(weight=PerModel([1.0] * 120))
     one = step(mean, sources, compute="F64")
-    resource.setrlimit(resource.RLIMIT_NOFILE, (len(list(Path("/proc/self/fd").iterdir())) + 60, hard))
+    few = len(list(Path("/proc/self/fd").iterdir())) + 60
+    resource.setrlimit(resource.RLIMIT_NOFILE, (few, hard))
     try:
         result = run([one], tmp_path / "out", inputs=[plan_input(p) for p in paths])
     finally:
