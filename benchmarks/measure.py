@@ -99,7 +99,8 @@ def commit() -> str:
 def record(title: str, command: str, table: str) -> None:
     """Append a run to RESULTS.md."""
     entry = (
-        f"\n## {title}\n\n- machine: {machine()}\n- commit: {commit()}\n"
+        f"\n## {title}\n\n- machine: {machine()}, load {os.getloadavg()[0]:.1f} at the end\n"
+        f"- commit: {commit()}\n"
         f"- date: {time.strftime('%Y-%m-%d')}\n- command: `{command}`\n\n{table}\n"
     )
     with (Path(__file__).parent / "RESULTS.md").open("a", encoding="utf-8") as file:
