@@ -79,6 +79,13 @@ def _mixtral() -> Any:
     return transformers.MixtralConfig(**DECODER, num_hidden_layers=4, num_local_experts=3)
 
 
+def _gpt_oss() -> Any:
+    experts = {"num_local_experts": 3, "num_experts_per_tok": 2}
+    rope = {"rope_type": "default", "rope_theta": 10000.0}
+    more = {"layer_types": MIXED, "sliding_window": 4, "rope_parameters": rope}
+    return transformers.GptOssConfig(**DECODER, **experts, **more, num_hidden_layers=4)
+
+
 def _whisper() -> Any:
     return transformers.WhisperConfig(
         d_model=32,
@@ -170,6 +177,7 @@ KINDS = {
     ),
     "gpt2": Kind(transformers.GPT2LMHeadModel, _gpt2, dtype=torch.float16, layers="transformer.h"),
     "mixtral": Kind(transformers.MixtralForCausalLM, _mixtral, layers="model.layers"),
+    "gpt_oss": Kind(transformers.GptOssForCausalLM, _gpt_oss, layers="model.layers"),
     "whisper": Kind(
         transformers.WhisperForConditionalGeneration,
         _whisper,
@@ -204,21 +212,28 @@ def _image_types() -> Tensor:
     return (_image_inputs()["input_ids"] == IMAGE_TOKEN).long()
 
 
-def build(kind: str, seed: int, dtype: torch.dtype | None = None) -> Any:
-    """Return a model in which every weight is random: gains near 1, all else far from 0."""
+def build(kind: str, seed: int, **changes: Any) -> Any:
+    """Return a model in which every weight is random: gains near 1, all else far from 0.
+
+    Args:
+        changes: Values of the config of the decoder.
+    """
     made = KINDS[kind]
+    config = made.config()
+    for key, value in changes.items():
+        setattr(config.get_text_config(), key, value)
     generator = torch.Generator().manual_seed(seed)
-    model = made.model(made.config())
+    model = made.model(config)
     for weight in model.parameters():
         noise = torch.randn(weight.shape, generator=generator)
         with torch.no_grad():
             weight.copy_(weight + 0.1 * noise if weight.ndim < 2 else 0.2 * noise)
-    return model.to(dtype or made.dtype).eval()
+    return model.to(made.dtype).eval()
 
 
-def save(kind: str, folder: Path, seed: int, dtype: torch.dtype | None = None) -> Path:
+def save(kind: str, folder: Path, seed: int, **changes: Any) -> Path:
     """Save a random model in several files, and return its folder."""
-    build(kind, seed, dtype).save_pretrained(folder, max_shard_size=SHARD_BYTES)
+    build(kind, seed, **changes).save_pretrained(folder, max_shard_size=SHARD_BYTES)
     assert len(list(folder.glob("*.safetensors"))) > 1
     return folder
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,6 +71,21 @@ def split_layer(name: str, stack: Stack) -> tuple[int, str] | None:
 def layer_name(stack: Stack, layer: int, suffix: str) -> str:
     """Return the name of a tensor of a layer; the inverse of `split_layer`."""
     return f"{_lead(stack)}{layer}.{suffix}" if suffix else f"{_lead(stack)}{layer}"
+
+
+def first_layer_extras(layers: Mapping[int, Collection[str]]) -> frozenset[str]:
+    """Return the suffixes of what a stack stores in its first layer for all of its layers.
+
+    T5, for one, keeps the table of relative positions there. It is told by its place alone: all
+    other layers are alike, and the first has everything that they have and these tensors.
+
+    Args:
+        layers: The suffixes in each layer.
+    """
+    first = set(layers.get(0, ()))
+    others = {frozenset(suffixes) for layer, suffixes in layers.items() if layer}
+    extras = [first - other for other in others if other < first]
+    return frozenset(extras[0]) if len(extras) == len(others) == 1 else frozenset()
 
 
 def described_stack(config: Mapping[str, Any] | None, stacks: Sequence[Stack]) -> Stack | None:

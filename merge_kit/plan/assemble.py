@@ -142,14 +142,30 @@ class Assembler:
         if len(groups) < len(slices):
             return [], [], []
         before = self._outside(groups[0], stack, keep, "before")
+        if origins:
+            first = [(model, 0) for model in groups[0].models]
+            before += self._layer(groups[0], stack, 0, first, 0.0, extras=True)
         after = self._outside(groups[-1], stack, keep, "after")
         return [*before, *layers, *after], origins, firsts
 
     def _layer(
-        self, group: Group, stack: Stack, out: int, at: list[tuple[Model, int]], t: float
+        self,
+        group: Group,
+        stack: Stack,
+        out: int,
+        at: list[tuple[Model, int]],
+        t: float,
+        *,
+        extras: bool = False,
     ) -> list[Item]:
+        """Return the items of a layer, or of what the first one stores for all of them."""
         own = {model: _layer_names(model, stack_of(model, stack), layer) for model, layer in at}
-        suffixes = dict.fromkeys(suffix for names in own.values() for suffix in names)
+        suffixes = dict.fromkeys(
+            suffix
+            for model, names in own.items()
+            for suffix in names
+            if (suffix in _extras(model, stack)) is extras
+        )
         items = []
         for suffix in suffixes:
             names = {m: n.get(suffix, layer_name(stack, out, suffix)) for m, n in own.items()}
@@ -236,6 +252,11 @@ def _tied_embedding(model: Model, holder: Model, name: str) -> str | None:
     if not is_head(name) or is_tied(model.config) is not True or name not in holder.tensors:
         return None
     return embedding_for(name, model.specs, holder.specs[name].shape)
+
+
+def _extras(model: Model, stack: Stack) -> frozenset[str]:
+    own = stack_of(model, stack)
+    return frozenset() if own is None else model.first_layer_extras(own)
 
 
 def _layer_names(model: Model, stack: Stack | None, layer: int) -> Mapping[str, str]:

@@ -7,7 +7,13 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from merge_kit.architecture.config import read_config
-from merge_kit.architecture.stacks import Stack, described_stack, find_stacks, split_layer
+from merge_kit.architecture.stacks import (
+    Stack,
+    described_stack,
+    find_stacks,
+    first_layer_extras,
+    split_layer,
+)
 from merge_kit.core.tensors import TensorSpec
 from merge_kit.io.values import Checkpoint
 from merge_kit.plan.sources import Source, Stored
@@ -54,6 +60,7 @@ class Model:
     tensors: Mapping[str, Held]
     checkpoint: Checkpoint | None = None
     _by_layer: dict[str, dict[int, dict[str, str]]] = field(default_factory=dict, repr=False)
+    _extras: dict[str, frozenset[str]] = field(default_factory=dict, repr=False)
 
     @cached_property
     def specs(self) -> Mapping[str, TensorSpec]:
@@ -91,6 +98,12 @@ class Model:
                     layers.setdefault(found[0], {})[found[1]] = name
             self._by_layer[stack.prefix] = layers
         return self._by_layer[stack.prefix]
+
+    def first_layer_extras(self, stack: Stack) -> frozenset[str]:
+        """Return the suffixes of what a stack stores in its first layer for all of its layers."""
+        if stack.prefix not in self._extras:
+            self._extras[stack.prefix] = first_layer_extras(self.by_layer(stack))
+        return self._extras[stack.prefix]
 
 
 def full_name(component: str, name: str) -> str:

@@ -13,6 +13,7 @@ from merge_kit.architecture.stacks import (
     Stack,
     described_stack,
     find_stacks,
+    first_layer_extras,
     layer_name,
     split_layer,
 )
@@ -161,3 +162,20 @@ def test_the_thinker_is_found_in_nested_configs():
         ("thinker.visual.blocks", 6),
     )
     assert described_stack(config, found) == found[2]
+
+
+@pytest.mark.parametrize(
+    ("layers", "extras"),
+    [
+        ({0: "qkb", 1: "qk", 2: "qk"}, "b"),  # the table of positions in T5
+        ({0: "qk", 1: "qk"}, ""),
+        ({0: "qd", 1: "qe", 2: "qe"}, ""),  # a dense layer before those with experts
+        ({0: "qkb", 1: "qkb", 2: "qk"}, ""),
+        ({0: "qkb", 1: "qk", 2: "q"}, ""),
+        ({0: "qk", 1: "qkn"}, ""),
+        ({0: "qk"}, ""),
+        ({}, ""),
+    ],
+)
+def test_what_only_the_first_of_equal_layers_has_belongs_to_all_of_them(layers, extras):
+    assert first_layer_extras(layers) == set(extras)
