@@ -101,7 +101,8 @@ def load(folder: Path) -> Llama:
         tokens = Tokens(vocabulary, bos=config["bos_token_id"], eos=config["eos_token_id"])
         return _complete(Llama(config, _tensors(folder), tokens))
     except FileNotFoundError as exc:
-        raise DemoError(f"{folder}: {Path(exc.filename).name} is missing") from exc
+        name = Path(exc.filename or str(exc).rpartition(": ")[2]).name
+        raise DemoError(f"{folder}: {name} is missing") from exc
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as exc:
         raise DemoError(f"{folder}: no readable checkpoint of a demo model: {exc!r}") from exc
 

@@ -62,6 +62,7 @@ def test_loss_is_that_of_transformers(models, scores, name):
         assert scores[name][skill].loss == pytest.approx(loss.item(), abs=1e-3)
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # of peft
 @pytest.mark.parametrize("name", list(ADAPTERS))
 def test_adapter_on_the_fly_is_that_of_peft(models, scores, name):
     from peft import PeftModel  # noqa: PLC0415  (slow to import)
