@@ -1,3 +1,119 @@
-"""merge_kit: merge model checkpoints on a CPU, in memory that does not grow with the model."""
+"""merge_kit: merge model checkpoints on a CPU, in memory that does not grow with the model.
+
+Importing it loads nothing else; what it offers is loaded when it is used.
+"""
 
 from __future__ import annotations
+
+import sys
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from merge_kit.api import merge, plan
+    from merge_kit.api.custom import method
+    from merge_kit.api.expressions import TaskVector, load
+    from merge_kit.api.methods import linear, passthrough, slerp, task_arithmetic
+    from merge_kit.api.tensors import merge_tensors
+    from merge_kit.errors import (
+        CheckpointError,
+        HubError,
+        InterruptedRun,
+        LockedError,
+        MergeKitError,
+        MismatchError,
+        NonFiniteError,
+        OutputError,
+        OutputExistsError,
+        ParameterError,
+        PlanError,
+        Problems,
+        RecipeError,
+        SolveError,
+        UsageError,
+    )
+    from merge_kit.publish.push import push
+
+    __version__: str
+
+__all__ = [
+    "CheckpointError",
+    "HubError",
+    "InterruptedRun",
+    "LockedError",
+    "MergeKitError",
+    "MismatchError",
+    "NonFiniteError",
+    "OutputError",
+    "OutputExistsError",
+    "ParameterError",
+    "PlanError",
+    "Problems",
+    "RecipeError",
+    "SolveError",
+    "TaskVector",
+    "UsageError",
+    "__version__",
+    "linear",
+    "load",
+    "merge",
+    "merge_tensors",
+    "method",
+    "passthrough",
+    "plan",
+    "push",
+    "slerp",
+    "task_arithmetic",
+]
+
+_HOMES = {
+    "TaskVector": "api.expressions",
+    "load": "api.expressions",
+    "merge": "api",
+    "merge_tensors": "api.tensors",
+    "method": "api.custom",
+    "plan": "api",
+    "push": "publish.push",
+}
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version  # noqa: PLC0415  (rarely asked)
+
+    try:
+        return version(__name__)
+    except PackageNotFoundError:
+        return "unknown"
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return _version()
+    if name.startswith("_"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    own = "errors" if name[0].isupper() else "api.methods"
+    return getattr(import_module(f"{__name__}.{_HOMES.get(name, own)}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+class _Plan(ModuleType):
+    """The subpackage `plan`, which is also the function of this name."""
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        return import_module("merge_kit.api").plan(*arguments, **options)
+
+
+class _Package(ModuleType):
+    """This package; whoever imports from its subpackage `plan` must not hide the function."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if name == "plan" and type(value) is ModuleType:
+            value.__class__ = _Plan
+        super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

@@ -19,6 +19,7 @@ from merge_kit.plan.sources import (
     Concat,
     Generated,
     LowRank,
+    Memory,
     Merged,
     Permuted,
     Projected,
@@ -51,6 +52,8 @@ class Operands:
         match source:
             case Stored():
                 self._stored(source, start, stop, out, work)
+            case Memory():
+                out.copy_(source.tensor[start:stop])
             case Merged():
                 self._merged(source, start, stop, out, work)
             case View():

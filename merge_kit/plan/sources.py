@@ -165,7 +165,9 @@ class Merged:
     spill: int | None = None
 
 
-Source = Stored | Memory | LowRank | Rows | Concat | View | Permuted | Projected | Generated | Merged
+Source = (
+    Stored | Memory | LowRank | Rows | Concat | View | Permuted | Projected | Generated | Merged
+)
 
 
 def elements(source: Source) -> int:

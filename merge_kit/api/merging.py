@@ -1,4 +1,4 @@
-"""The library: plans and merges from a recipe's file or from a dict."""
+"""Plans and merges from a recipe's file or from a dict."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def plan(
     return build_plan(read, threads=threads, memory_bytes=limit)
 
 
-def merge(
+def merge(  # noqa: PLR0913  (every option has a name)
     recipe: str | Path | Mapping[str, Any],
     output: str | Path | None = None,
     *,

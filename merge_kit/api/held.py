@@ -1,0 +1,138 @@
+"""Models at hand: the tensors of a checkpoint on disk, of a mapping, or of a module."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from merge_kit.core.dtypes import DTYPES
+from merge_kit.core.names import nearest
+from merge_kit.core.tensors import TensorSpec
+from merge_kit.errors import UsageError
+from merge_kit.io.checkpoint import open_checkpoint
+from merge_kit.io.reader import Reader
+from merge_kit.io.values import WeightFile
+from merge_kit.plan.models import Held, Model, Part, from_checkpoint
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.nn import Module
+
+    from merge_kit.plan.sources import Source
+
+
+class HeldModel:
+    """A model by its tensors, which are read when they are asked for.
+
+    Args:
+        source: A path, or a mapping of tensors, which is not copied; a module stands for its
+            `state_dict()`.
+
+    Raises:
+        CheckpointError: If nothing is at the path, or it is broken.
+        UsageError: If the source is no model.
+    """
+
+    def __init__(self, source: str | os.PathLike[str] | Mapping[str, Tensor] | Module) -> None:
+        self.path: Path | None = None
+        self._source = source  # keeps its identity from being given to another object
+        if isinstance(source, str | os.PathLike):
+            self.path = Path(source).expanduser().absolute()
+            self.model = from_checkpoint("input", open_checkpoint(self.path))
+            self.key: object = self.path.resolve()
+        else:
+            self.model, self.key = _from_tensors(_state_dict(source)), id(source)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the tensors; in a checkpoint of components with their folder in front."""
+        return tuple(self.model.tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return a tensor's shape, from its file's header."""
+        return self._held(name).spec.shape
+
+    def dtype(self, name: str) -> str:
+        """Return a tensor's dtype as headers of safetensors files name it, for example "BF16"."""
+        return self._held(name).spec.dtype
+
+    def tensor(self, name: str) -> Tensor:
+        """Return a tensor: read from its file, or the memory that the model was made of.
+
+        Raises:
+            CheckpointError: If the file cannot be read or has changed since it was opened.
+        """
+        return self._fetch([self._held(name).source])[0]
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return all tensors by name."""
+        fetched = self._fetch([held.source for held in self.model.tensors.values()])
+        return dict(zip(self.model.tensors, fetched, strict=True))
+
+    @property
+    def files(self) -> tuple[WeightFile, ...]:
+        """The weight files, as they were when the model was opened; none in memory."""
+        checkpoint = self.model.checkpoint
+        components = checkpoint.components if checkpoint is not None else ()
+        return tuple(file for component in components for file in component.files)
+
+    def _held(self, name: str) -> Held:
+        if name not in self.model.tensors:
+            hint = nearest(name, self.model.tensors)
+            hint = hint if hint.startswith("did") else "`names` lists the tensors"
+            raise UsageError(f"no tensor {name!r}", where=str(self), hint=hint)
+        return self.model.tensors[name]
+
+    def _fetch(self, sources: list[Source]) -> list[Tensor]:
+        from merge_kit.engine.in_memory import fetch  # noqa: PLC0415  (torch, when it is needed)
+
+        with Reader(self.files) as reader:
+            found = [fetch(reader, source) for source in sources]
+            reader.check_all()
+        return found
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.model.tensors
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.model.tensors)
+
+    def __len__(self) -> int:
+        return len(self.model.tensors)
+
+    def __str__(self) -> str:
+        return str(self.path) if self.path is not None else "tensors in memory"
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__}: {self}, {len(self)} tensors>"
+
+
+def _state_dict(source: object) -> Mapping[str, Tensor]:
+    if isinstance(source, Mapping):
+        return source
+    state_dict: Callable[[], Mapping[str, Tensor]] | None = getattr(source, "state_dict", None)
+    if callable(state_dict):
+        return state_dict()
+    problem = f"found a value of type {type(source).__name__}, expected a model"
+    raise UsageError(problem, hint="pass a path, a mapping of tensors by name, or a module")
+
+
+def _from_tensors(tensors: Mapping[str, Tensor]) -> Model:
+    """Return tensors in memory as a model, in the order in which safetensors files hold them."""
+    from merge_kit.engine.in_memory import in_memory  # noqa: PLC0415  (torch, when it is needed)
+
+    if not tensors:
+        raise UsageError("found a mapping without tensors, expected at least one")
+    for name in tensors:
+        if not isinstance(name, str) or not name.isprintable() or name == "__metadata__":
+            problem = f"found the key {name!r}, expected the name of a tensor"
+            raise UsageError(problem, hint="names are text without control characters")
+    rows = sorted((in_memory(n, t) for n, t in tensors.items()), key=lambda row: _place(row[0]))
+    held = {spec.name: Held("", spec, source) for spec, source in rows}
+    return Model("input", "input", (Part("", "model", None),), held)
+
+
+def _place(spec: TensorSpec) -> tuple[int, str]:
+    return -DTYPES[spec.dtype].bits, spec.name

@@ -1,0 +1,55 @@
+"""Any method on tensors of one shape."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from merge_kit.api.binding import bind
+from merge_kit.api.lazy_merge import state_dict
+from merge_kit.api.lowering import lower
+from merge_kit.errors import UsageError
+from merge_kit.plan.cost import worker_count
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def merge_tensors(
+    name: str,
+    tensors: Sequence[Tensor],
+    *,
+    base: Tensor | None = None,
+    weights: float | Sequence[float] | None = None,
+    seed: int = 0,
+    tensor_name: str = "tensor",
+    **parameters: Any,
+) -> Tensor:
+    """Merge tensors of one shape by a method: the bits that a merge of files gives.
+
+    Arithmetic is float32, or float64 where an input is; the result is rounded once, to the
+    narrowest float dtype that holds all inputs.
+
+    Args:
+        name: The method's, for example "slerp".
+        tensors: One a model.
+        base: The base model's tensor; pass the same object among `tensors` if it is a model too.
+        weights: The parameter `weight`: one a model, or one for all.
+        seed: Of everything random.
+        tensor_name: Name of the tensor, on which everything random depends too.
+        parameters: Of the method; lists have one value a model.
+
+    Raises:
+        PlanError: If there is no such method.
+        MergeKitError: If parameters or tensors are not what the method takes.
+    """
+    if weights is not None:
+        if "weight" in parameters:
+            raise UsageError("found weight and weights, expected one of them", where=name)
+        parameters["weight"] = weights
+    models = [{tensor_name: tensor} for tensor in tensors]
+    same = (model for model in models if model[tensor_name] is base)
+    base_model = None if base is None else next(same, {tensor_name: base})
+    lowered = lower(bind(name, models, base_model, seed, parameters))
+    (merged,) = state_dict(lowered, workers=worker_count(None), allow_nonfinite=False).values()
+    return merged
