@@ -11,6 +11,8 @@ from merge_kit.methods.reductions import Reduction
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from merge_kit.methods.reductions import Rows
+
 Grain = Literal["element", "row", "tensor"]
 Scans = Mapping[str, Any]
 T = TypeVar("T")
@@ -73,7 +75,7 @@ class Scan:
 
     Attributes:
         reduction: How it is gathered.
-        of: What is scanned of a slab, (k, elements); default: `slab.tensors`. It may read the
+        of: What is scanned of a slab, k rows of elements; default: `slab.tensors`. It may read the
             results of the scans named in `uses`, and must not overwrite the slab.
         uses: Earlier scans that `of` reads; scans that use nothing share one pass.
         scope: "tensor", or "model": over all tensors that the stage merges by this method.
@@ -81,7 +83,7 @@ class Scan:
 
     name: str
     reduction: Reduction
-    of: Callable[[Slab, Scans], Tensor] | None = None
+    of: Callable[[Slab, Scans], Rows] | None = None
     uses: tuple[str, ...] = ()
     scope: Literal["tensor", "model"] = "tensor"
 

@@ -6,10 +6,11 @@ within a chunk in blocks of `BLOCK`. Chunks are absorbed in order, so every sum 
 
 from __future__ import annotations
 
+import threading
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from math import asin, atan2, pi, sqrt
+from math import asin, atan2, isqrt, pi, sqrt
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from merge_kit.core.tensors import BLOCK
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    Rows = Tensor | Sequence[Tensor]
+    """k rows of elements: (k, elements), or k tensors of (elements,)."""
+
 CHUNK = 64 * BLOCK
 """Elements that one accumulator sees, at most; fixed, so that sums have one order."""
 
@@ -28,8 +32,8 @@ class Accumulator(ABC):
     """What one chunk has gathered."""
 
     @abstractmethod
-    def add(self, values: Tensor) -> None:
-        """Take in (k, elements): whole blocks, but for the last of the tensor."""
+    def add(self, values: Rows) -> None:
+        """Take in k rows of elements: whole blocks, but for the last of the tensor."""
 
     @abstractmethod
     def absorb(self, later: Self) -> None:
@@ -65,36 +69,50 @@ class Reduction(ABC):
 A = TypeVar("A", bound=Accumulator)
 
 
-def blocks(values: Tensor) -> Iterator[Tensor]:
-    """Yield (k, BLOCK) views of (k, elements), the last one shorter."""
-    for start in range(0, max(values.shape[-1], 1), BLOCK):
-        yield values[:, start : start + BLOCK]
+_SCRATCH = threading.local()
+"""Float64 blocks of each thread, used again from block to block."""
+
+
+def wide_blocks(rows: Rows) -> Iterator[list[Tensor]]:
+    """Yield the blocks of k rows in float64, k tensors of (BLOCK,) at a time, the last shorter.
+
+    They are overwritten by the next ones.
+    """
+    buffers = _SCRATCH.__dict__.setdefault("buffers", [])
+    while len(buffers) < len(rows):
+        buffers.append(torch.empty(BLOCK, dtype=torch.float64))
+    elements = rows[0].shape[0]
+    for start in range(0, max(elements, 1), BLOCK):
+        count = min(BLOCK, elements - start)
+        pairs = zip(buffers, rows, strict=False)
+        yield [buffer[:count].copy_(row[start : start + count]) for buffer, row in pairs]
 
 
 class _Sums(Accumulator):
-    """A float64 tensor of sums, block by block."""
+    """Sums of floats, block by block."""
 
     def __init__(self) -> None:
-        self.total: Tensor | None = None
+        self.total: list[float] = []
 
-    def _plus(self, more: Tensor) -> None:
-        self.total = more if self.total is None else self.total.add_(more)
+    def plus(self, more: list[float]) -> None:
+        """Add, place by place."""
+        if self.total:
+            more = [have + new for have, new in zip(self.total, more, strict=True)]
+        self.total = more
 
     def absorb(self, later: Self) -> None:
-        if later.total is not None:
-            self._plus(later.total)
+        if later.total:
+            self.plus(later.total)
 
 
 class _GramSums(_Sums):
-    def add(self, values: Tensor) -> None:
-        k = values.shape[0]
-        for block in blocks(values):
-            wide = block.double()
-            gram = torch.empty(k, k, dtype=torch.float64)
-            for i in range(k):
-                for j in range(i, k):
-                    gram[i, j] = gram[j, i] = torch.dot(wide[i], wide[j])
-            self._plus(gram)
+    """Dot products of rows i <= j, row by row."""
+
+    def add(self, values: Rows) -> None:
+        for wide in wide_blocks(values):
+            self.plus(
+                [float(torch.dot(one, other)) for i, one in enumerate(wide) for other in wide[i:]]
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +125,12 @@ class Gram(Reduction):
 
     def finish(self, total: Any, carry: Any) -> Done:
         del carry
-        return Done(total.total)
+        k = isqrt(2 * len(total.total))
+        gram = torch.empty(k, k, dtype=torch.float64)
+        upper = torch.triu_indices(k, k)
+        gram[upper[0], upper[1]] = torch.tensor(total.total, dtype=torch.float64)
+        gram[upper[1], upper[0]] = gram[upper[0], upper[1]]
+        return Done(gram)
 
 
 class _PairSums(_GramSums):
@@ -117,14 +140,13 @@ class _PairSums(_GramSums):
         super().__init__()
         self._lengths = lengths
 
-    def add(self, values: Tensor) -> None:
+    def add(self, values: Rows) -> None:
         if self._lengths is None:
             super().add(values)
             return
-        for block in blocks(values):
-            wide = block.double()
-            both = (wide[0] / self._lengths[0]).add_(wide[1] / self._lengths[1])
-            self._plus(torch.dot(both, both).reshape(1))
+        for one, other in wide_blocks(values):
+            both = one.div_(self._lengths[0]).add_(other.div_(self._lengths[1]))
+            self.plus([float(torch.dot(both, both))])
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,8 +161,8 @@ class Angle(Reduction):
 
     def finish(self, total: Any, carry: Any) -> Done | Again:
         if carry is not None:
-            return Done(pi - 2 * asin(min(1.0, sqrt(float(total.total)) / 2)))
-        (aa, ab), (_, bb) = total.total.tolist()
+            return Done(pi - 2 * asin(min(1.0, sqrt(total.total[0]) / 2)))
+        aa, ab, bb = total.total
         if aa <= 0 or bb <= 0:
             return Done(None)
         cosine = ab / (sqrt(aa) * sqrt(bb))
@@ -151,10 +173,9 @@ class Angle(Reduction):
 
 
 class _RowSums(_Sums):
-    def add(self, values: Tensor) -> None:
-        for block in blocks(values):
-            wide = block.double()
-            self._plus(torch.stack([row.sum() for row in wide]))
+    def add(self, values: Rows) -> None:
+        for wide in wide_blocks(values):
+            self.plus([float(row.sum()) for row in wide])
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,4 +188,4 @@ class Sum(Reduction):
 
     def finish(self, total: Any, carry: Any) -> Done:
         del carry
-        return Done(total.total)
+        return Done(torch.tensor(total.total, dtype=torch.float64))

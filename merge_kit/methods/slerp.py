@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, ClassVar
 
 from merge_kit.methods import ops
 from merge_kit.methods.base import Grain, Law, MergeMethod, Scan, Scans, Slab
-from merge_kit.methods.lazy import torch
 from merge_kit.methods.reductions import Angle
 from merge_kit.methods.registry import register
 
@@ -90,7 +89,7 @@ class Slerp(MergeMethod):
         return 4 * elements if self.flatten else 40 * elements
 
 
-def _pair(slab: Slab, scans: Scans) -> Tensor:
+def _pair(slab: Slab, scans: Scans) -> list[Tensor]:
     del scans
     assert slab.base is not None  # needs_base
-    return torch.stack((slab.base, slab.tensors[0]))
+    return [slab.base, slab.tensors[0]]
