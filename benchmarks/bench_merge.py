@@ -186,7 +186,9 @@ def main() -> None:
     table = markdown([*HEAD, *(PEER_HEAD if peer else [])], rows)
     print(table)
     if options.write:
-        command = command_line("bench_merge.py", FOLDER=options.folder, PEER=options.peer)
+        command = command_line(
+            "bench_merge.py", FOLDER=options.folder, PEER=options.peer, MERGEKIT=options.mergekit
+        )
         record(f"Merges of {options.size} models, bf16", command, table)
 
 

@@ -58,7 +58,11 @@ def main() -> None:
     table = markdown(["plan", "whole process", "peak memory"], rows)
     print(table)
     if options.write:
-        record("Plans from headers", command_line("bench_plan.py", FOLDER=options.folder), table)
+        record(
+            "Plans from headers",
+            command_line("bench_plan.py", FOLDER=options.folder, MERGEKIT=options.mergekit),
+            table,
+        )
     if slowest > LIMIT_S:
         sys.exit(f"a plan took {slowest:.2f} s, the limit is {LIMIT_S} s")
 

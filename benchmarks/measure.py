@@ -110,7 +110,7 @@ def record(title: str, command: str, table: str) -> None:
 def command_line(script: str, **places: Path | None) -> str:
     """Return the command of this process, with names in place of the paths of this machine."""
     line = " ".join([f"python benchmarks/{script}", *sys.argv[1:]])
-    for name, path in places.items():
+    for name, path in sorted(places.items(), key=lambda place: -len(str(place[1]))):
         line = line.replace(str(path), name) if path else line
     return line
 
