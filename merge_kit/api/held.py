@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from merge_kit.core.dtypes import DTYPES
 from merge_kit.core.names import nearest
 from merge_kit.core.tensors import TensorSpec
 from merge_kit.errors import UsageError
@@ -134,5 +133,12 @@ def _from_tensors(tensors: Mapping[str, Tensor]) -> Model:
     return Model("input", "input", (Part("", "model", None),), held)
 
 
+_WRITTEN = (
+    *("U64", "I64", "F64", "C64", "F32", "U32", "I32", "BF16", "F16", "U16", "I16"),
+    *("F8_E5M2FNUZ", "F8_E4M3FNUZ", "F8_E8M0", "F8_E4M3", "F8_E5M2", "I8", "U8", "BOOL"),
+)
+"""Dtypes in the order in which the safetensors library writes them to a file."""
+
+
 def _place(spec: TensorSpec) -> tuple[int, str]:
-    return -DTYPES[spec.dtype].bits, spec.name
+    return _WRITTEN.index(spec.dtype), spec.name

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from merge_kit.core.sizes import parse_size
 from merge_kit.engine.progress import Progress
 from merge_kit.plan.build import build_plan, package_version
-from merge_kit.plan.values import Plan
+from merge_kit.plan.values import Plan, SideFile
 from merge_kit.publish.card import model_card
 from merge_kit.publish.manifest import manifest
 from merge_kit.publish.side_files import write_side_files
@@ -92,6 +92,7 @@ def merge(  # noqa: PLR0913  (every option has a name)
     memory: Size | None = None,
     allow_nonfinite: bool = False,
     sync: bool = False,
+    on_plan: Callable[[Plan], None] | None = None,
     on_progress: Callable[[Progress], None] | None = None,
     stop: threading.Event | None = None,
 ) -> Merge:
@@ -103,6 +104,7 @@ def merge(  # noqa: PLR0913  (every option has a name)
         overwrite: Replace an output that is there.
         allow_nonfinite: Write NaN and infinities and count them, instead of stopping.
         sync: Return only when everything is on disk.
+        on_plan: Called with the plan before anything is written.
         on_progress: Called with `Progress` from worker threads, one call at a time.
         stop: Set it from another thread to end early; the same call goes on from there later.
 
@@ -115,7 +117,11 @@ def merge(  # noqa: PLR0913  (every option has a name)
     limit = None if memory is None else parse_size(memory)
     planned = build_plan(read, threads=threads, memory_bytes=limit)
     folder = output_folder(read, output)
+    if on_plan is not None:
+        on_plan(planned)
     roots = [model.root for model in planned.inputs]
+    if not isinstance(recipe, Mapping):
+        roots.append(Path(recipe))  # it must not be replaced by what it makes
     with stage(folder, overwrite=overwrite, inputs=roots, identity=planned.identity) as staging:
         from merge_kit.engine.run import run_plan  # noqa: PLC0415  (torch, only when it is needed)
 
@@ -155,5 +161,5 @@ def _describe(folder: Path, planned: Plan, recipe: Recipe, report: Report) -> No
         versions={"merge_kit": package_version("merge_kit"), **versions()},
     )
     card = model_card(planned, recipe_text=recipe.text, nonfinite=report.nonfinite)
-    for name, content in (("merge_kit.json", text), ("README.md", card)):
-        (folder / name).write_text(content, encoding="utf-8")
+    files = [SideFile("merge_kit.json", text=text), SideFile("README.md", text=card)]
+    write_side_files(folder, files)

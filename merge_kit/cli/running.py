@@ -17,6 +17,7 @@ from merge_kit.cli.text import print_json_line
 from merge_kit.core.sizes import format_size
 from merge_kit.errors import InterruptedRun
 from merge_kit.plan.describe import counts_line, plural
+from merge_kit.plan.values import Plan
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,9 +43,6 @@ class Choices:
 def run_recipe(recipe: Path, output: Path | None, choices: Choices, planning: Planning) -> None:
     """Plan, say so, merge, and say what was done."""
     place = output_of(recipe, planning, output)
-    if not choices.speaks_json:
-        print_summary(api.plan(recipe, **planning), place)
-        print(flush=True)
     merge = _merge(recipe, place, choices, planning)
     if choices.speaks_json:
         print_json_line(_result(merge))
@@ -55,6 +53,11 @@ def run_recipe(recipe: Path, output: Path | None, choices: Choices, planning: Pl
 
 
 def _merge(recipe: Path, place: Path, choices: Choices, planning: Planning) -> api.Merge:
+    def show(plan: Plan) -> None:
+        if not choices.speaks_json:
+            print_summary(plan, place)
+            print(flush=True)
+
     progress = Lines() if choices.json_progress else Quiet() if choices.as_json else Bar()
     with Stop() as stop, progress:
         try:
@@ -64,6 +67,7 @@ def _merge(recipe: Path, place: Path, choices: Choices, planning: Planning) -> a
                 overwrite=choices.overwrite,
                 allow_nonfinite=choices.allow_nonfinite,
                 sync=choices.sync,
+                on_plan=show,
                 on_progress=progress.show,
                 stop=stop.event,
                 **planning,

@@ -11,7 +11,7 @@ from pathlib import Path
 from merge_kit.errors import CheckpointError
 from merge_kit.io.component import Opened, open_component, read_weights
 from merge_kit.io.families import PICKLED, SAFETENSORS, STEMS, families, is_index
-from merge_kit.io.folder import Listing, list_folder
+from merge_kit.io.folder import Listing, joined, list_folder
 from merge_kit.io.side_files import (
     gguf_only,
     no_weights,
@@ -19,6 +19,7 @@ from merge_kit.io.side_files import (
     split_side_files,
     unread_pickles,
 )
+from merge_kit.io.strict_json import shown
 from merge_kit.io.values import Checkpoint, Component
 
 _ONE_SHARD = re.compile(r".+-(\d+)-of-(\d+)\.safetensors")
@@ -81,7 +82,8 @@ def _open_file(path: Path, name: str | None) -> Checkpoint:
         raise CheckpointError(problem, where=str(path), hint=f"name its folder, {path.parent}")
     files = read_weights([(path.name, path)])
     tensors = {t.spec.name: t for found in files.values() for t in found}
-    component = Component("", path.stem, tuple(files), tensors, None)
+    stem = path.stem if path.stem in STEMS else STEMS[0]  # a name of its own is no stem of shards
+    component = Component("", stem, tuple(files), tensors, None)
     return _checked(Checkpoint(path, name or path.stem, True, (component,), (), {}, ()))
 
 
@@ -153,4 +155,20 @@ def _checked(checkpoint: Checkpoint) -> Checkpoint:
     if not any(component.tensors for component in checkpoint.components):
         problem = "holds no tensors, expected at least one"
         raise CheckpointError(problem, where=str(checkpoint.root), hint="is it the right file?")
+    _refuse_same_keys(checkpoint)
     return checkpoint
+
+
+def _refuse_same_keys(checkpoint: Checkpoint) -> None:
+    """Refuse `b` in folder `a` beside `a/b` in the root: one of the two would be lost."""
+    if len(checkpoint.components) == 1:
+        return
+    seen: dict[str, str] = {}
+    for component in checkpoint.components:
+        place = component.path or "the root"
+        for name in component.tensors:
+            key = joined(component.path, name)
+            other = seen.setdefault(key, place)
+            if other != place:
+                problem = f"tensor {shown(key)} is both in {other} and in {place}"
+                raise CheckpointError(problem, where=str(checkpoint.root), hint="rename one of them")

@@ -59,6 +59,7 @@ class Library:
         return self.made
 
     def merge(self, recipe, output, **told):
+        told.pop("on_plan")(self.made)
         on_progress, stop = told.pop("on_progress"), told.pop("stop")
         self.merged.append((recipe, output, told))
         on_progress(Progress(1_000_000, 3_000_000, 0.5, "a.weight"))

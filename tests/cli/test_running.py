@@ -39,7 +39,6 @@ def test_options_reach_the_library(library, recipe):
         "threads": 3,
         "memory": 1_000_000_000,
     }
-    assert library.planned == [(recipe, planning)]
     choices = {"overwrite": True, "allow_nonfinite": True, "sync": True}
     assert library.merged == [(recipe, Path("merged/soup"), planning | choices)]
 

@@ -64,7 +64,7 @@ def test_a_single_file_has_no_side_files(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     found = open_checkpoint(tmp_path / "flux.safetensors")
     assert (found.name, found.is_file, found.side_files) == ("flux", True, ())
-    assert (found.components[0].stem, found.components[0].config_text) == ("flux", None)
+    assert (found.components[0].stem, found.components[0].config_text) == ("model", None)
 
 
 def test_components_in_subfolders_come_after_the_root(tmp_path):
