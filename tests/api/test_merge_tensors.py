@@ -1,0 +1,123 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import merge_kit as mk
+from merge_kit.core.tensors import BLOCK
+from merge_kit.methods.registry import find, names, parameters
+from tests.toys import write
+
+REQUIRED = {"weight": 0.6, "t": 0.3}
+
+
+def told(name: str) -> dict[str, float]:
+    """Return a value for each required parameter."""
+    return {p.field: REQUIRED.get(p.name, 1) for p in parameters(find(name)) if p.required}
+
+
+def drawn(count: int, shape, dtype=torch.float32) -> list[torch.Tensor]:
+    draw = torch.Generator().manual_seed(count)
+    return [torch.randn(shape, generator=draw).to(dtype) for _ in range(count)]
+
+
+@pytest.mark.parametrize("name", names())
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [((3, BLOCK + 13), torch.float32), ((7, 5), torch.bfloat16), ((9,), torch.float64)],
+)
+def test_tensors_and_files_give_the_same_bits(tmp_path, name, shape, dtype):
+    kind = find(name)
+    base, *models = drawn(1 + min(kind.max_inputs or 3, 3), shape, dtype)
+    has_base = kind.needs_base or kind.takes_base
+    for i, tensor in enumerate([base, *models]):
+        write(tmp_path / str(i), {"tensor": tensor}, None)
+    recipe = {
+        "merge_method": name,
+        "models": [{"model": tmp_path / str(i + 1)} for i in range(len(models))],
+        "parameters": {p.name: told(name)[p.field] for p in parameters(kind) if p.required},
+    }
+    if has_base:
+        recipe["base_model"] = tmp_path / "0"
+    mk.merge(recipe, tmp_path / "out")
+    merged = mk.merge_tensors(name, models, base=base if has_base else None, **told(name))
+    wanted = load_file(tmp_path / "out" / "model.safetensors")["tensor"]
+    assert merged.dtype == wanted.dtype == dtype
+    assert torch.equal(merged, wanted)
+
+
+@pytest.mark.parametrize("name", names())
+@pytest.mark.parametrize("shape", [(), (1,), (0,), (0, 3), (2, 3, 4)])
+def test_every_shape_is_merged(name, shape):
+    kind = find(name)
+    base, *models = drawn(1 + min(kind.max_inputs or 2, 2), shape)
+    before = [tensor.clone() for tensor in (base, *models)]
+    merged = mk.merge_tensors(name, models, base=base if kind.takes_base else None, **told(name))
+    assert merged.shape == shape
+    assert torch.isfinite(merged).all()
+    assert all(map(torch.equal, before, (base, *models)))  # inputs stay as they are
+
+
+def test_ten_million_elements():
+    count = 10_000_000
+    one, other = torch.arange(count, dtype=torch.float32), torch.ones(count)
+    merged = mk.merge_tensors("linear", [one, other], weights=[0.5, 1.0], normalize=False)
+    assert torch.equal(merged, one / 2 + 1)  # exact: halves of whole numbers below 2^24
+    angle = mk.merge_tensors(
+        "slerp", [torch.tensor([0.0, 1.0])], base=torch.tensor([1.0, 0.0]), t=0.5
+    )
+    assert angle.tolist() == pytest.approx([0.5**0.5] * 2, abs=2.0**-24)
+
+
+def test_numbers_worked_by_hand():
+    base, code, math = torch.tensor([1.0, 2.0]), torch.tensor([3.0, 2.0]), torch.tensor([1.0, 6.0])
+    found = mk.merge_tensors("task_arithmetic", [code, math], base=base, weights=[0.5, 0.25])
+    assert found.tolist() == [2.0, 3.0]
+    found = mk.merge_tensors("task_arithmetic", [code], base=base, weight=1.0, lambda_=2.0)
+    assert found.tolist() == [5.0, 2.0]
+    assert mk.merge_tensors("linear", [base, code, math], weights=2.0).tolist() == pytest.approx(
+        [5 / 3, 10 / 3], rel=2.0**-23
+    )
+
+
+def test_a_result_is_rounded_once_to_the_widest_input():
+    one, other = torch.tensor([1.0], dtype=torch.bfloat16), torch.tensor([2.0**-12])
+    found = mk.merge_tensors("linear", [one, other], weights=[1.0, 1.0], normalize=False)
+    assert (found.dtype, found.item()) == (torch.float32, 1 + 2.0**-12)
+    half = torch.tensor([1.0], dtype=torch.float16)
+    assert mk.merge_tensors("linear", [one, half], weights=1.0).dtype == torch.float32
+
+
+def test_a_tensor_may_stand_twice_and_may_be_the_base_too():
+    one, other = torch.tensor([1.0]), torch.tensor([4.0])
+    assert mk.merge_tensors("linear", [one, one, other], weights=1.0).item() == 2.0
+    merged = mk.merge_tensors("slerp", [one, other], base=one, t=0.5)  # one is the base, no model
+    assert merged.item() == 2.5
+
+
+def test_gradients_and_other_layouts_do_not_matter():
+    one = torch.nn.Parameter(torch.arange(6.0).view(2, 3).T)
+    merged = mk.merge_tensors("linear", [one], weights=1.0)
+    assert not merged.requires_grad
+    assert torch.equal(merged, one.detach())
+
+
+@pytest.mark.parametrize(
+    ("name", "tensors", "more", "kind", "problem"),
+    [
+        ("linaer", [torch.ones(1)], {}, mk.PlanError, "did you mean 'linear'"),
+        ("linear", [torch.ones(1)], {}, mk.UsageError, "linear needs weight"),
+        ("linear", [torch.ones(1)], {"weights": [1.0, 2.0]}, mk.UsageError, "2 values of weight"),
+        ("linear", [torch.ones(1)], {"weight": 1, "weights": 1}, mk.UsageError, "one of them"),
+        ("linear", [torch.ones(1)], {"t": 1}, mk.UsageError, "has no parameter 't'"),
+        ("linear", [torch.ones(2), torch.ones(3)], {"weight": 1}, mk.MismatchError, "shape"),
+        ("linear", [torch.ones(1)] * 2, {"weights": [1, -1]}, mk.MergeKitError, "sums to 0"),
+        ("slerp", [torch.ones(1)], {"t": 0.5}, mk.PlanError, "needs a base_model"),
+        ("linear", [torch.tensor([torch.nan])], {"weight": 1}, mk.NonFiniteError, "1 NaN"),
+        ("linear", [[1.0]], {"weight": 1}, mk.UsageError, "expected a torch.Tensor"),
+    ],
+)
+def test_mistakes_are_told(name, tensors, more, kind, problem):
+    with pytest.raises(kind, match=problem):
+        mk.merge_tensors(name, tensors, **more)
