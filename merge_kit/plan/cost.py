@@ -60,23 +60,11 @@ def slab_bytes(step: Step, slab: int) -> int:
         count = max(count, min(shape[-1] if shape else 1, numel(shape)))
     raw = max((nbytes(s.dtype, count) for s in stored_or(step)), default=0)
     out = sum(min(t.spec.nbytes, nbytes(t.spec.dtype, count)) for t in step.outputs)
-    own = count * float_bytes(step) + raw + out + scan_bytes(step, count)
+    statistics = 8 * 3 * BLOCK * (len(step.inputs) + 1) if step.method.scans() else 0
+    own = count * float_bytes(step) + raw + out + statistics
     own += step.method.scratch_bytes(len(step.inputs), count)
     inner = [slab_bytes(m.step, slab) for m in merged_sources(step)]
     return own + sum(inner) + _special(step)
-
-
-def scan_bytes(step: Step, count: int) -> int:
-    """Return the memory that a step's scans take on top of a slab of so many elements.
-
-    A view of the slab may be a copy, and a block is widened to float64. Of both there are the one
-    at hand and the one before it, and the allocator keeps as much again for the next.
-    """
-    scans = step.method.scans() if step.method is not None else ()
-    rows = len(step.inputs) + (step.base is not None)
-    widened = 8 * BLOCK * rows if scans else 0
-    viewed = float_bytes(step) * count if any(scan.of is not None for scan in scans) else 0
-    return 4 * (viewed + widened)
 
 
 def stored_or(step: Step) -> Sequence[Source]:
