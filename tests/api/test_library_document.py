@@ -1,0 +1,63 @@
+"""The examples of docs/library.md run as they stand."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import merge_kit as mk
+from merge_kit.methods import registry
+from tests.toys import toy
+
+ROOT = Path(mk.__file__).parent.parent
+TEXT = (ROOT / "docs" / "library.md").read_text(encoding="utf-8")
+EXAMPLES = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Return a folder with the models that the document speaks of."""
+    made = tmp_path_factory.mktemp("library")
+    for name, value in (("base", 1.0), ("code", 2.0), ("math", 4.0)):
+        toy(made / "models" / name, value)
+    return made
+
+
+def test_the_examples_run_in_their_order(folder):
+    # A process of its own: an example's method must not stay registered.
+    program = folder / "examples.py"
+    program.write_text("\n\n".join(EXAMPLES), encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, "-W", "error", program.name],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(EXAMPLES) == 9
+    merged = {path.name for path in (folder / "merged").iterdir()}
+    assert merged == {"skills", "better", "soup", "careful", "by_recipe"}
+    careful = mk.load(folder / "merged" / "careful").tensor("lm_head.weight")
+    assert careful.tolist() == pytest.approx([1 + 0.5 * 0.01] * 4, rel=2.0**-23)  # float32
+    assert mk.load(folder / "merged" / "better").tensor("lm_head.weight")[0].item() == 3.0
+
+
+def test_every_exported_name_is_in_the_document():
+    own = set(mk.__all__) - set(registry.names())  # docs/methods.md has the methods
+    assert [name for name in own - {"__version__"} if not re.search(rf"\b{name}\b", TEXT)] == []
+
+
+def test_every_error_has_the_code_that_the_document_says():
+    rows = re.findall(r"^\| (`\w+`(?:, `\w+`)*) \| (\d)", TEXT, re.MULTILINE)
+    told = {name: int(code) for names, code in rows for name in re.findall(r"`(\w+)`", names)}
+    told.pop("InterruptedRun")
+    assert len(told) == 12
+    assert {name: getattr(mk, name).exit_code for name in told} == told
