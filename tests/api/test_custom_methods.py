@@ -11,8 +11,10 @@ from safetensors.torch import load_file
 import merge_kit as mk
 from merge_kit.core.tensors import BLOCK
 from merge_kit.methods import ops
-from merge_kit.methods.base import MergeMethod, PerModel, Scans, Slab, per_model
+from merge_kit.methods.base import MergeMethod, PerModel, Scan, Scans, Slab, per_model
+from merge_kit.methods.reductions import Gram, Sum
 from merge_kit.methods.registry import find, parameters
+from tests.api.conftest import assert_same
 
 pytestmark = pytest.mark.usefixtures("registered")
 
@@ -162,3 +164,35 @@ def test_a_result_of_another_form_is_told():
     mk.method("widened")(lambda tensors: tensors[0].double())
     with pytest.raises(mk.PlanError, match=r"of torch\.float64, expected"):
         mk.merge_tensors("widened", [torch.ones(2)])
+
+
+def test_statistics_over_the_whole_model_are_those_of_files(family, tmp_path):
+    @mk.method("evened")
+    @dataclass(frozen=True, kw_only=True)
+    class Evened(MergeMethod):
+        """Bring two models to one length over all tensors, and average them."""
+
+        def scans(self) -> list[Scan]:
+            return [Scan("all", Gram(), scope="model"), Scan("own", Sum())]
+
+        def merge(self, slab: Slab, scans: Scans) -> torch.Tensor:
+            one, other = scans["all"].diagonal().sqrt().tolist()
+            assert scans["own"].shape == (2,)
+            return ops.weighted_sum(slab.tensors, [1.0, one / other])
+
+    recipe = {
+        "merge_method": "evened",
+        "models": [{"model": family.path("code")}, {"model": family.path("math")}],
+    }
+    mk.merge(recipe, tmp_path / "out")
+    merged = load_file(tmp_path / "out" / "model.safetensors")
+    found = mk.evened([family.code, family.math]).state_dict(threads=2)
+    assert_same(found, merged)
+    names = [name for name in family.code if name != "ids"]
+    squares = [
+        sum(float(model[name].double().square().sum()) for name in names)
+        for model in (family.code, family.math)
+    ]
+    ratio = (squares[0] / squares[1]) ** 0.5
+    wanted = family.code["scale"].double() + ratio * family.math["scale"].double()
+    torch.testing.assert_close(found["scale"].double(), wanted, rtol=2.0**-8, atol=0)  # bfloat16

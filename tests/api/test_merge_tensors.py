@@ -10,6 +10,7 @@ from merge_kit.methods.registry import find, names, parameters
 from tests.toys import write
 
 REQUIRED = {"weight": 0.6, "t": 0.3}
+ROWS = {"flatten": False}
 
 
 def told(name: str) -> dict[str, float]:
@@ -22,12 +23,12 @@ def drawn(count: int, shape, dtype=torch.float32) -> list[torch.Tensor]:
     return [torch.randn(shape, generator=draw).to(dtype) for _ in range(count)]
 
 
-@pytest.mark.parametrize("name", names())
+@pytest.mark.parametrize(("name", "more"), [*((n, {}) for n in names()), ("slerp", ROWS)])
 @pytest.mark.parametrize(
     ("shape", "dtype"),
     [((3, BLOCK + 13), torch.float32), ((7, 5), torch.bfloat16), ((9,), torch.float64)],
 )
-def test_tensors_and_files_give_the_same_bits(tmp_path, name, shape, dtype):
+def test_tensors_and_files_give_the_same_bits(tmp_path, name, more, shape, dtype):
     kind = find(name)
     base, *models = drawn(1 + min(kind.max_inputs or 3, 3), shape, dtype)
     has_base = kind.needs_base or kind.takes_base
@@ -36,12 +37,12 @@ def test_tensors_and_files_give_the_same_bits(tmp_path, name, shape, dtype):
     recipe = {
         "merge_method": name,
         "models": [{"model": tmp_path / str(i + 1)} for i in range(len(models))],
-        "parameters": {p.name: told(name)[p.field] for p in parameters(kind) if p.required},
+        "parameters": {p.name: told(name)[p.field] for p in parameters(kind) if p.required} | more,
     }
     if has_base:
         recipe["base_model"] = tmp_path / "0"
     mk.merge(recipe, tmp_path / "out")
-    merged = mk.merge_tensors(name, models, base=base if has_base else None, **told(name))
+    merged = mk.merge_tensors(name, models, base=base if has_base else None, **told(name), **more)
     wanted = load_file(tmp_path / "out" / "model.safetensors")["tensor"]
     assert merged.dtype == wanted.dtype == dtype
     assert torch.equal(merged, wanted)
