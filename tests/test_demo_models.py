@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,21 @@ from demo_text import SKILLS, Example, held_out_text, is_held_out, training_text
 EXPERTS = list(SKILLS)
 CHECKPOINTS = ["base", *EXPERTS]
 ADAPTERS = {"adapter-sort": "sort", "adapter-translate": "translate"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Small matrices: on a busy machine two threads mostly wait for one another."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def few_examples(monkeypatch):
+    """Measure on 40 examples of each skill: enough where only the report is looked at."""
+    monkeypatch.setattr(evaluate_demo, "measure", partial(evaluate_demo.measure, count=40))
 
 
 @pytest.fixture(scope="module")
@@ -154,7 +170,7 @@ def test_training_never_sees_a_held_out_prompt():
         assert not any(is_held_out(example) for example in trained)
 
 
-def test_summary_as_json_holds_table_and_gaps(capsys):
+def test_summary_as_json_holds_table_and_gaps(capsys, few_examples):
     folders = [str(DEMO / name) for name in [*CHECKPOINTS, "sort"]]
     assert evaluate_demo.main(["--json", "--summary", *folders]) == 0
     content = json.loads(capsys.readouterr().out)
@@ -163,7 +179,7 @@ def test_summary_as_json_holds_table_and_gaps(capsys):
     assert content["gap_closed"]["add"] < 0.1
 
 
-def test_summary_of_one_model_compares_with_the_demo(capsys):
+def test_summary_of_one_model_compares_with_the_demo(capsys, few_examples):
     assert evaluate_demo.main(["--summary", str(DEMO / "add")]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines[2:6]] == CHECKPOINTS
