@@ -125,6 +125,8 @@ def _finish(
     donor = lends_files(assembly.donor, inputs)
     files = side_files(assembly.stage, donor, last.model.parts, inputs, findings)
     _notes(planner, donor, last)
+    for one in planned:
+        _note_added_base(findings, one)
     findings.raise_any()
     rows = fates(inputs.models, [(p.assembly, p.made) for p in planned])
     spilled = [with_spills(step) for step in steps]
@@ -165,24 +167,20 @@ def _notes(planner: _Planner, donor: Model, last: _Planned) -> None:
         if why not in OF_COURSE:
             findings.note(f"{donor.label}: {name} is left out: {why}")
     for made in last.made:
-        if made.item.note and made.fate == "merged":
+        if any(part.substitute for part in made.item.parts):
             findings.note(f"{made.item.name}: {made.item.note}")
-    base = last.assembly.base
-    if base is not None and stage.models:
-        listed = {planner.inputs.find(entry.model) for entry in stage.models}
-        if base not in listed:
-            _note_added_base(findings, base, last)
 
 
-def _note_added_base(findings: Findings, base: Model, last: _Planned) -> None:
-    for made in last.made:
+def _note_added_base(findings: Findings, planned: _Planned) -> None:
+    """Say with what weight a base takes part that the recipe does not list."""
+    for made in planned.made:
         method = made.step.method
-        if method is None or method.takes_base or base.label not in made.step.models:
+        added = next((i for i, part in enumerate(made.item.parts) if part.added), None)
+        if method is None or method.takes_base or added is None:
             continue
-        weight = made.step.weights[made.step.models.index(base.label)]
         findings.note(
-            f"the base {base.label} is not listed and is added as a model of "
-            f"{last.assembly.stage.merge_method}, with weight {weight:g}"
+            f"the base {made.step.models[added]} is not listed and is added as a model of "
+            f"{made.item.method}, with weight {made.step.weights[added]:g}"
         )
         return
 

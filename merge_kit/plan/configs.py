@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from merge_kit.architecture.config import read_config, with_dtype, with_tied
 from merge_kit.architecture.stacking import stacked_config
-from merge_kit.architecture.ties import is_tied
+from merge_kit.architecture.ties import is_head, is_tied
 from merge_kit.core.dtypes import config_name, is_float
 from merge_kit.errors import CheckpointError
 from merge_kit.plan.assemble import Assembly
@@ -66,7 +66,8 @@ def main_dtype(made: Sequence[Made]) -> str | None:
 
 
 def _untied(donor: Model, made: Sequence[Made]) -> bool:
-    """Return whether a tied model gains a head of its own."""
-    substituted = any(part.substitute for one in made for part in one.item.parts)
-    config: Mapping[str, object] = donor.config or {}
-    return substituted and is_tied(config) is not False
+    """Return whether a tied model gains a head of its own: a tied one's, or an untied one's."""
+    if is_tied(donor.config or {}) is False:
+        return False
+    heads = [part for one in made if is_head(one.item.name) for part in one.item.parts]
+    return any(part.substitute or is_tied(part.model.config) is False for part in heads)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from merge_kit.plan.models import Model
-from merge_kit.recipe.values import Entry, Mark, Parameters, TensorRule
+from merge_kit.recipe.values import Entry, Mark, ModelRef, Parameters, TensorRule
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,6 +18,7 @@ class Part:
         name: The tensor's full name in that model.
         is_base: Whether it is the base model's.
         substitute: Whether it stands in for a tied head that the model does not store.
+        added: Whether the base is here although the recipe does not list it.
     """
 
     entry: Entry
@@ -25,6 +26,7 @@ class Part:
     name: str
     is_base: bool
     substitute: bool = False
+    added: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,15 +59,30 @@ class Group:
 
     Attributes:
         entries: In the order of the recipe, an added base last.
+        models: Those of the entries. One may be there twice: `m` and `m@main` of one folder are
+            two models, as in the dialect.
         base: The base model of this group, or None.
+        base_ref: How the recipe refers to it; the entry with this very reference is the base.
+        adds_base: Whether the last entry is a base that the recipe does not list.
     """
 
     entries: tuple[Entry, ...]
     models: tuple[Model, ...]
     base: Model | None
+    base_ref: ModelRef | None
+    adds_base: bool
     levels: tuple[Parameters, ...]
     method: str
     mark: Mark
+
+    @property
+    def has_base(self) -> bool:
+        """Whether the base is one of the models."""
+        return any(self.is_base(entry) for entry in self.entries)
+
+    def is_base(self, entry: Entry) -> bool:
+        """Return whether an entry is the base."""
+        return entry.model == self.base_ref
 
     def pairs(self) -> Sequence[tuple[Entry, Model]]:
         """Return entries with their models."""

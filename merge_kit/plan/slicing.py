@@ -1,0 +1,137 @@
+"""A stack of slices as items: the output's layers, and what stands before and after them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from merge_kit.architecture.roles import outside_role
+from merge_kit.architecture.stacks import Stack, layer_name, split_layer
+from merge_kit.architecture.ties import head_name, is_tied
+from merge_kit.errors import PlanError
+from merge_kit.methods.registry import find
+from merge_kit.plan.assemble import Assembler, Assembly, Names, tied_embedding
+from merge_kit.plan.items import Group, Item
+from merge_kit.plan.models import Model
+from merge_kit.plan.values import LayerOrigin
+from merge_kit.recipe.values import Parameters, Slice
+
+Layers = Sequence[tuple[Model, int]]
+
+
+class Slicer:
+    """Builds the items of one stack of slices.
+
+    Args:
+        maker: What makes items of groups of models.
+        stack: The stack as the donor names it; the output's layers are named like it.
+        keep: Which tensors belong to it.
+    """
+
+    def __init__(self, maker: Assembler, stack: Stack, keep: Names) -> None:
+        self.maker, self.stack, self.keep = maker, stack, keep
+
+    def fill(
+        self, result: Assembly, slices: Sequence[Slice], levels: Sequence[Parameters]
+    ) -> list[Item]:
+        """Return the items of slices; the result learns where each layer comes from.
+
+        Args:
+            levels: Parameters of module and recipe.
+        """
+        groups = [self._group(part, levels) for part in slices]
+        fitting = [self._can_slice(p, g) for p, g in zip(slices, groups, strict=True)]
+        result.stack = self.stack
+        if not all(fitting):
+            return []
+        layers: list[Item] = []
+        for group in groups:
+            spans = [entry.layers for entry in group.entries if entry.layers is not None]
+            count = len(spans[0])
+            for k in range(count):
+                at = [(m, s.start + k) for m, s in zip(group.models, spans, strict=True)]
+                out = len(result.origins)
+                sources = tuple((model.key, layer) for model, layer in at)
+                result.origins.append(LayerOrigin(self.stack.prefix, out, sources))
+                result.first_sources.append(at[0])
+                layers += self._layer(group, out, at, k / (count - 1) if count > 1 else 1.0)
+        before = self._outside(groups[0], "before")
+        if result.origins:
+            first = [(model, 0) for model in groups[0].models]
+            before += self._layer(groups[0], 0, first, 0.0, extras=True)
+        after = self._outside(groups[-1], "after")
+        return [*before, *layers, *after, *self._own_head(groups[-1])]
+
+    def _group(self, part: Slice, levels: Sequence[Parameters]) -> Group:
+        base = part.base_model or self.maker.stage.base_model
+        own = (part.parameters, *levels)
+        return self.maker.group(part.sources, own, base=base, add_base=False)
+
+    def _layer(
+        self, group: Group, out: int, at: Layers, t: float, *, extras: bool = False
+    ) -> list[Item]:
+        """Return the items of a layer, or of what the first one stores for all of them."""
+        own = [(model, stack_of(model, self.stack) or self.stack, layer) for model, layer in at]
+        suffixes = dict.fromkeys(
+            suffix
+            for model, theirs, layer in own
+            for suffix in model.by_layer(theirs).get(layer, {})
+            if (suffix in model.first_layer_extras(theirs)) is extras
+        )
+        items: list[Item] = []
+        for suffix in suffixes:
+            names = [layer_name(theirs, layer, suffix) for _, theirs, layer in own]
+            items += self.maker.make(group, layer_name(self.stack, out, suffix), names, t)
+        return items
+
+    def _outside(self, group: Group, role: str) -> list[Item]:
+        pairs = sorted(group.pairs(), key=lambda pair: not group.is_base(pair[0]))
+        names = dict.fromkeys(name for _, model in pairs for name in model.tensors)
+        stacks = tuple(dict.fromkeys(own for _, model in pairs for own in model.stacks))
+        items: list[Item] = []
+        for name in names:
+            if not self.keep(name) or split_layer(name, self.stack) is not None:
+                continue
+            if outside_role(name, self.stack, stacks) == role:
+                items += self.maker.make(group, name, [name] * len(group.models), 0.0)
+        return items
+
+    def _own_head(self, group: Group) -> list[Item]:
+        """Return the head of tied models that end a stack with the config of an untied one.
+
+        They do not store it, and the output's embedding is another's: without an item of its own
+        the output would have no head.
+        """
+        donor = self.maker.donor
+        name = head_name(donor.tensors)
+        if name is None or not self.keep(name) or is_tied(donor.config) is not False:
+            return []
+        stand_ins = [tied_embedding(model, name, None) for model in group.models]
+        if name in self.maker.made or None in stand_ins:
+            return []
+        return self.maker.make(group, name, [name] * len(group.models), 0.0)
+
+    def _can_slice(self, part: Slice, group: Group) -> bool:
+        fine, findings = True, self.maker.findings
+        if find(group.method).needs_base and not group.has_base:
+            problem = f"{group.method} needs the base model among the sources of this slice"
+            hint = "add it with its layer_range"
+            findings.problem(PlanError(problem, where=str(part.mark), hint=hint))
+            fine = False
+        for entry, model in group.pairs():
+            own = stack_of(model, self.stack)
+            if own is None or (entry.layers and entry.layers.stop > own.count):
+                has = "no such layers" if own is None else f"{own.count} layers, numbered from 0"
+                findings.problem(
+                    PlanError(
+                        f"layer_range {entry.layers} is beyond {model.label}, which has {has}",
+                        where=str(entry.mark),
+                        hint="the end of a range is not included",
+                    )
+                )
+                fine = False
+        return fine
+
+
+def stack_of(model: Model, stack: Stack) -> Stack | None:
+    """Return a model's stack of the same place: of that name, else the one config describes."""
+    return next((s for s in model.stacks if s.prefix == stack.prefix), model.described)
