@@ -1,20 +1,20 @@
 """Every error that a user, a file or a network can cause.
 
-    MergeKitError
-    ├── UsageError            2  the command line or a library call
-    │   └── OutputExistsError 2  the output is there already, or is an input
-    ├── RecipeError           2  the recipe text, at file:line:column
-    ├── PlanError             2  what was asked cannot be planned (method, memory, ranges)
-    │   └── ParameterError    2  a method's parameter is out of range
-    ├── CheckpointError       3  an input's files
-    │   └── MismatchError     3  inputs that do not fit one another
-    ├── NonFiniteError        3  NaN, infinity or saturation in a merged tensor
-    ├── SolveError            3  a solve or decomposition that did not succeed
-    ├── OutputError           4  disk or system, while writing
-    │   └── LockedError       4  another run works on the same output
-    ├── HubError              5  the Hub
-    ├── InterruptedRun  130/143  a signal stopped the run; it can be resumed
-    └── Problems                 several of the above at once; the exit code of the first
+MergeKitError
+├── UsageError            2  the command line or a library call
+│   └── OutputExistsError 2  the output is there already, or is an input
+├── RecipeError           2  the recipe text, at file:line:column
+├── PlanError             2  what was asked cannot be planned (method, memory, ranges)
+│   └── ParameterError    2  a method's parameter is out of range
+├── CheckpointError       3  an input's files
+│   └── MismatchError     3  inputs that do not fit one another
+├── NonFiniteError        3  NaN, infinity or saturation in a merged tensor
+├── SolveError            3  a solve or decomposition that did not succeed
+├── OutputError           4  disk or system, while writing
+│   └── LockedError       4  another run works on the same output
+├── HubError              5  the Hub
+├── InterruptedRun  130/143  a signal stopped the run; it can be resumed
+└── Problems                 several of the above at once; the exit code of the first
 """
 
 from __future__ import annotations

@@ -6,8 +6,7 @@ The arithmetic is that of `run_plan`: the same kernel, the same slabs, the same 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -22,6 +21,7 @@ from merge_kit.engine.kernel import Kernel
 from merge_kit.engine.pool import Pool, Task
 from merge_kit.engine.rounding import nonfinite, round_into
 from merge_kit.engine.statistics import InOrder, Passes, chunks, gather, ranges, slabs
+from merge_kit.engine.threads import one_torch_thread
 from merge_kit.engine.workspace import Workspace
 from merge_kit.errors import CheckpointError, MismatchError, UsageError
 from merge_kit.io.reader import Reader
@@ -148,7 +148,7 @@ def merge_each(
         NonFiniteError: If merged values are not finite and that is not allowed.
         CheckpointError: If a file cannot be read or has changed.
     """
-    with Reader(files) as reader, _one_torch_thread():
+    with Reader(files) as reader, one_torch_thread():
         groups = _whole_model(reader, steps, workers)
 
         def task(index: int) -> Task:
@@ -167,7 +167,7 @@ def merge_each(
 def scan_each(steps: Sequence[Step], files: Iterable[WeightFile], *, workers: int) -> list[Results]:
     """Return what the scans of each step find: name -> result."""
     found: list[Results] = [{}] * len(steps)
-    with Reader(files) as reader, _one_torch_thread():
+    with Reader(files) as reader, one_torch_thread():
 
         def task(index: int) -> Task:
             def run(work: Workspace) -> Sequence[Task]:
@@ -243,14 +243,3 @@ def _merged(kernel: Kernel, step: Step, work: Workspace, *, allow_nonfinite: boo
         raise not_finite(kernel, step, work)
     with torch.inference_mode(mode=False):
         return out.view(target.spec.shape)
-
-
-@contextmanager
-def _one_torch_thread() -> Iterator[None]:
-    """Let torch use one thread: the workers are the parallelism, and sums keep one order."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -12,8 +12,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from merge_kit.core.hashing import tensor_hash
 from merge_kit.engine.agreement import check_agreement
 from merge_kit.engine.jobs import CopyJob, Job, MergeJob, ScanJob
@@ -23,6 +21,7 @@ from merge_kit.engine.progress import Progress
 from merge_kit.engine.report import Report
 from merge_kit.engine.state import RunState, Tally
 from merge_kit.engine.statistics import InOrder, Passes, chunks
+from merge_kit.engine.threads import one_torch_thread
 from merge_kit.engine.workspace import Workspace
 from merge_kit.errors import InterruptedRun
 from merge_kit.io.reader import Reader
@@ -65,7 +64,7 @@ def run_plan(
         Reader(files) as reader,
         Writer(kernel_copy=kernel_copy) as writer,
         Journal(folder) as journal,
-        _one_torch_thread(),
+        one_torch_thread(),
         _open_files(len(files) + len(plan.shards)),
     ):
         run = RunState(plan, folder, reader, writer, journal, tally, allow_nonfinite)
@@ -97,17 +96,6 @@ def peak_bytes() -> int:
     """Return the largest resident memory of this process so far."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-
-@contextmanager
-def _one_torch_thread() -> Iterator[None]:
-    """Let torch use one thread: the workers are the parallelism, and sums keep one order."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @contextmanager

@@ -171,4 +171,6 @@ def _refuse_same_keys(checkpoint: Checkpoint) -> None:
             other = seen.setdefault(key, place)
             if other != place:
                 problem = f"tensor {shown(key)} is both in {other} and in {place}"
-                raise CheckpointError(problem, where=str(checkpoint.root), hint="rename one of them")
+                raise CheckpointError(
+                    problem, where=str(checkpoint.root), hint="rename one of them"
+                )
