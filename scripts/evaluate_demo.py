@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+import torch
 from demo_llama import DemoError, Llama, Score, answer, load, score
 from demo_text import SKILLS, held_out_text
 
@@ -122,6 +123,7 @@ def report(folders: Sequence[Path], *, summary: bool, as_json: bool) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the measures; return the exit code, 3 if a checkpoint is broken."""
     arguments = _arguments(argv)
+    torch.set_num_threads(1)  # small matrices: on a busy machine, threads wait for one another
     try:
         print(report(arguments.models, summary=arguments.summary, as_json=arguments.json))
     except DemoError as exc:

@@ -2,8 +2,8 @@
 
     python scripts/train_demo_models.py [FOLDER]
 
-Five minutes on two CPU cores. The text is made from fixed seeds (demo_text.py); on one machine and
-with one torch version the files come out the same.
+About five minutes on two idle CPU cores. The text is made from fixed seeds (demo_text.py); on one
+machine and with one torch version the files come out the same.
 """
 
 from __future__ import annotations
