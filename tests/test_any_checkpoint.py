@@ -16,7 +16,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from torch import Tensor
 
 from merge_kit.api import merge
-from merge_kit.errors import MismatchError
+from merge_kit.errors import MismatchError, PlanError
 from tests import models
 
 SHARES = (0.25, 0.75)
@@ -93,6 +93,22 @@ def test_an_invented_model_type_is_stacked_and_its_lists_follow(tmp_path):
     config = models.config(tmp_path / "out")
     types = ["wide", "narrow", "wide", "narrow", "wide"]
     assert config == INVENTED | {"n_layers": 5, "cell_types": types}
+
+
+def test_a_first_layer_unlike_all_others_stays_the_first(tmp_path):
+    a = invented(tmp_path / "a", 1, {f"zyx.cells.{i}.norm": (4,) for i in (1, 2)})
+
+    def stacked(*ranges: list[int]) -> dict[str, Any]:
+        sources = [[{"model": str(a), "layer_range": layers}] for layers in ranges]
+        slices = [{"sources": source} for source in sources]
+        return {"merge_method": "passthrough", "base_model": str(a), "slices": slices}
+
+    merge(stacked([0, 2], [1, 3]), tmp_path / "fine")
+    assert "zyx.cells.3.norm" in models.stored(tmp_path / "fine")
+    with pytest.raises(PlanError, match=r"layer 0 of input-1:a would be layer 3, .* has no norm"):
+        merge(stacked([0, 3], [0, 1]), tmp_path / "moved")
+    with pytest.raises(PlanError, match=r"layer 1 of input-1:a would be layer 0, .* has no norm"):
+        merge(stacked([1, 3]), tmp_path / "replaced")
 
 
 def test_an_unknown_tensor_of_both_models_appears_in_the_output(tmp_path):

@@ -82,10 +82,30 @@ def first_layer_extras(layers: Mapping[int, Collection[str]]) -> frozenset[str]:
     Args:
         layers: The suffixes in each layer.
     """
-    first = set(layers.get(0, ()))
+    first, other = _first_and_others(layers)
+    return first - other if other < first else frozenset()
+
+
+def first_layer_lacks(layers: Mapping[int, Collection[str]]) -> frozenset[str]:
+    """Return the suffixes of what every layer of a stack has but the first.
+
+    ModernBERT, for one, has no norm there: the embeddings end with it. All other layers, two at
+    least, are alike, and the first has nothing that they don't have.
+
+    Args:
+        layers: The suffixes in each layer.
+    """
+    first, other = _first_and_others(layers)
+    return other - first if first < other and len(layers) > 2 else frozenset()
+
+
+def _first_and_others(
+    layers: Mapping[int, Collection[str]],
+) -> tuple[frozenset[str], frozenset[str]]:
+    """Return the suffixes of the first layer and of any other; twice the same if these differ."""
+    first = frozenset(layers.get(0, ()))
     others = {frozenset(suffixes) for layer, suffixes in layers.items() if layer}
-    extras = [first - other for other in others if other < first]
-    return frozenset(extras[0]) if len(extras) == len(others) == 1 else frozenset()
+    return first, others.pop() if len(others) == 1 and first else first
 
 
 def described_stack(config: Mapping[str, Any] | None, stacks: Sequence[Stack]) -> Stack | None:

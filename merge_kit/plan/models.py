@@ -12,6 +12,7 @@ from merge_kit.architecture.stacks import (
     described_stack,
     find_stacks,
     first_layer_extras,
+    first_layer_lacks,
     split_layer,
 )
 from merge_kit.core.tensors import TensorSpec
@@ -61,6 +62,7 @@ class Model:
     checkpoint: Checkpoint | None = None
     _by_layer: dict[str, dict[int, dict[str, str]]] = field(default_factory=dict, repr=False)
     _extras: dict[str, frozenset[str]] = field(default_factory=dict, repr=False)
+    _lacks: dict[str, frozenset[str]] = field(default_factory=dict, repr=False)
 
     @cached_property
     def specs(self) -> Mapping[str, TensorSpec]:
@@ -104,6 +106,12 @@ class Model:
         if stack.prefix not in self._extras:
             self._extras[stack.prefix] = first_layer_extras(self.by_layer(stack))
         return self._extras[stack.prefix]
+
+    def first_layer_lacks(self, stack: Stack) -> frozenset[str]:
+        """Return the suffixes of what every layer of a stack has but the first."""
+        if stack.prefix not in self._lacks:
+            self._lacks[stack.prefix] = first_layer_lacks(self.by_layer(stack))
+        return self._lacks[stack.prefix]
 
 
 def full_name(component: str, name: str) -> str:

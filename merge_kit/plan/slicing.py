@@ -53,6 +53,7 @@ class Slicer:
                 sources = tuple((model.key, layer) for model, layer in at)
                 result.origins.append(LayerOrigin(self.stack.prefix, out, sources))
                 result.first_sources.append(at[0])
+                self._check_first(group, out, at)
                 layers += self._layer(group, out, at, k / (count - 1) if count > 1 else 1.0)
         before = self._outside(groups[0], "before")
         if result.origins:
@@ -82,6 +83,22 @@ class Slicer:
             names = [layer_name(theirs, layer, suffix) for _, theirs, layer in own]
             items += self.maker.make(group, layer_name(self.stack, out, suffix), names, t)
         return items
+
+    def _check_first(self, group: Group, out: int, at: Layers) -> None:
+        """Refuse to move a first layer that is built otherwise than all others, or to replace it.
+
+        The program that loads the output builds the first layer in its own way, and would leave
+        out or make up the tensors in question.
+        """
+        for entry, (model, layer) in zip(group.entries, at, strict=True):
+            lacks = model.first_layer_lacks(stack_of(model, self.stack) or self.stack)
+            if lacks and (layer == 0) != (out == 0):
+                problem = (
+                    f"layer {layer} of {model.label} would be layer {out}, and of its layers only "
+                    f"the first has no {', '.join(sorted(lacks))}"
+                )
+                hint = "begin with layer 0, and take it nowhere else"
+                self.maker.findings.problem(PlanError(problem, where=str(entry.mark), hint=hint))
 
     def _outside(self, group: Group, role: str) -> list[Item]:
         pairs = sorted(group.pairs(), key=lambda pair: not group.is_base(pair[0]))

@@ -14,6 +14,7 @@ from merge_kit.architecture.stacks import (
     described_stack,
     find_stacks,
     first_layer_extras,
+    first_layer_lacks,
     layer_name,
     split_layer,
 )
@@ -179,3 +180,18 @@ def test_the_thinker_is_found_in_nested_configs():
 )
 def test_what_only_the_first_of_equal_layers_has_belongs_to_all_of_them(layers, extras):
     assert first_layer_extras(layers) == set(extras)
+
+
+@pytest.mark.parametrize(
+    ("layers", "lacks"),
+    [
+        ({0: "qk", 1: "nqk", 2: "nqk"}, "n"),  # no norm behind the embeddings of ModernBERT
+        ({0: "qk", 1: "nqk"}, ""),
+        ({0: "qd", 1: "qe", 2: "qe"}, ""),
+        ({0: "qk", 1: "nqk", 2: "qk"}, ""),
+        ({0: "nqk", 1: "qk", 2: "qk"}, ""),
+        ({1: "qk", 2: "qk"}, ""),
+    ],
+)
+def test_what_every_layer_has_but_the_first_is_found(layers, lacks):
+    assert first_layer_lacks(layers) == set(lacks)
