@@ -39,8 +39,7 @@ def _why(name: str, stages: Sequence[tuple[Assembly, Sequence[Made]]]) -> str:
             if glob_matches(rule.match, name):
                 return f"rule {rule.match!r}"
     assembly = stages[-1][0]
-    stage = assembly.stage
-    if not (stage.models or stage.slices or stage.modules):
+    if assembly.stage.tensors:
         if name in assembly.donor.tensors:
             return f"no rule matches: taken from {assembly.donor.label}"
         return "no rule matches, and the base has no such tensor"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from merge_kit.architecture.components import component_names, component_of
-from merge_kit.architecture.stacks import Stack, find_stacks, split_layer
+from merge_kit.architecture.stacks import Stack, find_stacks
 from merge_kit.core.names import nearest
 from merge_kit.errors import PlanError
 from merge_kit.plan.assemble import Assembler, Assembly, depth
@@ -20,16 +20,15 @@ def assemble(stage: Stage, inputs: Inputs, findings: Findings) -> Assembly:
     """Return every output tensor of a stage with where it comes from."""
     maker = Assembler(stage, inputs, findings)
     result = Assembly(stage, maker.donor, maker.base)
-    if stage.models:
+    if stage.tensors:
+        _rules(maker, result)
+    elif stage.models:
         group = maker.group(stage.models, (stage.parameters,), base=stage.base_model, add_base=True)
         result.items = maker.flat(group, _all)
     elif stage.slices:
         _slice(maker, result, maker.donor.described)
-    elif stage.modules:
-        _modules(maker, result, findings)
     else:
-        result.items = _of_donor(maker, list(maker.donor.tensors), "no rule matches")
-    _more_by_rules(maker, result)
+        _modules(maker, result, findings)
     maker.report_missing()
     return result
 
@@ -111,29 +110,35 @@ def _of_donor(maker: Assembler, names: Sequence[str], why: str) -> list[Item]:
     """Return copies of the donor's tensors, but for those that rules take."""
     stage, donor = maker.stage, maker.donor
     entry = Entry(stage.base_model or next(listed(stage)), NO_PARAMETERS, stage.mark)
-    group = maker.group((), (stage.parameters,), base=entry.model, add_base=True)
+    group = maker.group(stage.models, (stage.parameters,), base=entry.model, add_base=True)
     items: list[Item] = []
     for name in names:
         if maker.rules.of(name) is None:
             maker.made.add(name)
             items.append(maker.copy(name, donor, entry, why))
         else:
-            items += maker.make(group, name, [name], depth(name, donor.stacks))
+            items += maker.make(group, name, [name] * len(group.models), depth(name, donor.stacks))
     return items
 
 
-def _more_by_rules(maker: Assembler, result: Assembly) -> None:
-    """Add the tensors that only rules bring in, from models that have more than the donor."""
+def _rules(maker: Assembler, result: Assembly) -> None:
+    """Take the base's tensors, changed where a rule matches, and what only rules bring in."""
     stage = maker.stage
-    if not stage.tensors:
+    if stage.slices or stage.modules:
+        maker.findings.problem(
+            PlanError(
+                "tensors: beside slices or modules, where what no rule matches has no one base",
+                where=str(stage.tensors[0].mark),
+                hint="give the stack a name: in a document of its own, and use it as base_model "
+                "of the rules in another",
+            )
+        )
         return
+    result.items = _of_donor(maker, list(maker.donor.tensors), "no rule matches")
     models = [maker.donor, *(maker.inputs.find(ref) for ref in listed(stage))]
     names = dict.fromkeys(name for model in models for name in model.tensors)
     for name in names:
-        sliced = result.stack is not None and split_layer(name, result.stack) is not None
-        if name in maker.made or sliced:
-            continue
-        rule = maker.rules.of(name)
+        rule = maker.rules.of(name) if name not in maker.made else None
         if rule is not None and (rule.copy is not None or rule.models is not None):
             result.items += _of_donor(maker, [name], "")
     for problem in maker.rules.unused(names):

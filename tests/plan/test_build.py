@@ -248,8 +248,7 @@ def test_rules_change_what_they_match_and_nothing_else(toys):
     text = """
 merge_method: linear
 base_model: IDX
-parameters: {weight: 1}
-models: [{model: K}]
+models: [{model: K, parameters: {weight: 1}}]
 tensors:
   - {match: "*.layers.0.*", copy: K}
   - {match: "*.layers.1.*", drop: true}
@@ -258,12 +257,13 @@ tensors:
     result = merge(text, toys)
     assert value(result["model.layers.0.self_attn.q_proj.weight"]) == 1000
     assert not [name for name in result if ".layers.1." in name]
-    assert value(result["model.layers.2.mlp.up_proj.weight"]) == 2 * (1000 + 3)
-    assert value(result["model.layers.2.self_attn.q_proj.weight"]) == (1000 + 3) / 2
-    assert outside(result) == [550, 600, 650]
+    up_proj = value(result["model.layers.2.mlp.up_proj.weight"])
+    assert up_proj == 1000 + 2 * 3  # the base is added with the rule's weight
+    assert value(result["model.layers.2.self_attn.q_proj.weight"]) == 3
+    assert outside(result) == [100, 200, 300]
     made = plan(text, toys)
-    assert made.counts()[:2] == (18 - 3 - 3, 3)
-    dropped = {f.tensor for f in made.fates if f.what == "dropped" and f.model == "input-1"}
+    assert made.counts()[:2] == (3, 18 - 3 - 3)
+    dropped = {f.tensor for f in made.fates if f.what == "dropped" and f.model == "input-2"}
     assert "model.layers.1.mlp.up_proj.weight" in dropped
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from merge_kit.errors import MismatchError, PlanError
-from tests.toys import OUTSIDE, SUFFIXES, config, family, layers, merge, outside, plan, value, write
+from tests.toys import OUTSIDE, config, family, layers, merge, outside, plan, value, write
 
 
 @pytest.fixture(scope="module")
@@ -151,56 +151,37 @@ def test_a_stack_ends_with_the_head_of_its_last_model(tmp_path, first, last, bas
 # Rules are exceptions from whatever else the recipe says.
 
 
-def test_rules_beside_slices_see_the_outputs_names(toys):
-    result = merge(
-        """
-        merge_method: passthrough
-        base_model: IDX
-        slices:
-          - sources: [{model: IDX, layer_range: [0, 2]}]
-          - sources: [{model: IDX, layer_range: [3, 5], parameters: {scale: 10}}]
-        tensors:
-          - {match: "*.layers.2.mlp.*", copy: K}
-          - {match: "*.layers.2.*", parameters: {scale: 2}}
-          - match: "*.layers.3.*"
-            merge_method: linear
-            models: [{model: ONE}]
-            parameters: {weight: 1}
-          - {match: "model.norm.*", drop: true}
-        """,
-        toys,
-    )
-    up_proj, q_proj = SUFFIXES[1], SUFFIXES[0]
-    assert layers(result, up_proj) == [1, 2, 1000, (1 + 4) / 2]  # the base is added, its layer 3
-    assert layers(result, q_proj) == [1, 2, 10 * 4, (1 + 4) / 2]  # the source's scale is narrower
-    assert outside(result) == [100, None, 3000]
-
-
-def test_rules_beside_modules_leave_the_rest_to_the_modules(toys):
-    result = merge(
-        """
-        merge_method: linear
-        base_model: IDX
-        parameters: {weight: 1}
-        modules: {default: {models: [{model: ONE}, {model: K}, {model: IDX}]}}
-        tensors: [{match: lm_head.weight, copy: K}, {match: "*up_proj*", parameters: {weight: 2}}]
-        """,
-        toys,
-    )
-    assert layers(result)[0] == pytest.approx((1 + 1000 + 1) / 3)
-    assert outside(result)[0] == pytest.approx((1 + 1000 + 100) / 3)
-    assert outside(result)[2] == 1000
-
-
-def test_a_rule_that_takes_no_tensor_of_the_output_is_an_error(toys):
-    text = """
+@pytest.mark.parametrize(
+    "form",
+    [
+        "slices: [{sources: [{model: IDX, layer_range: [0, 2]}]}]",
+        "modules: {default: {models: [{model: IDX}]}}",
+    ],
+)
+def test_rules_beside_slices_or_modules_are_refused(toys, form):
+    text = f"""
 merge_method: passthrough
 base_model: IDX
-slices: [{sources: [{model: IDX, layer_range: [0, 2]}]}]
-tensors: [{match: "model.layers.4.*", copy: K}]
+{form}
+tensors: [{{match: "model.layers.1.*", copy: K}}]
 """
-    with pytest.raises(PlanError, match="no tensor is left for"):
+    with pytest.raises(PlanError, match="beside slices or modules"):
         plan(text, toys)
+
+
+def test_rules_over_a_stack_go_through_a_stage(toys):
+    result = merge(
+        """
+        name: stack
+        merge_method: passthrough
+        slices: [{sources: [{model: IDX, layer_range: [3, 5]}]}]
+        ---
+        base_model: stack
+        tensors: [{match: "model.layers.1.*", copy: K}]
+        """.replace("\n        ", "\n"),
+        toys,
+    )
+    assert layers(result) == [4, 1000]
 
 
 def test_rules_bring_in_what_only_another_model_has(tmp_path):
