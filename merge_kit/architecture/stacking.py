@@ -122,8 +122,11 @@ def _place(section: Section, stack: Stack, layer: int, keys: Sequence[str]) -> P
     layers = section.count(stack.prefix, stack.count) if held is None else int(held)
     if layers is None:
         return Place(section.config, layer, max(stack.count, layer + 1))
+    if layers < 1:
+        problem = f"the config counts {layers} layers, expected at least 1"
+        raise PlanError(problem, where=WHERE, hint="repair the config by hand")
     extra = max((section.config[k] for k in EXTRA_KEYS if is_int(section.config.get(k))), default=0)
-    if not 0 <= layer < max(layers + extra, 1):
+    if not 0 <= layer < layers + extra:
         problem = f"layer {layer} of {stack.prefix} is asked for, the config counts {layers} layers"
         raise PlanError(problem, where=WHERE, hint=f"take layers 0 to {layers - 1}")
     return Place(section.config, layer, layers, extra)

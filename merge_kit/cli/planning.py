@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 from merge_kit import api
@@ -47,7 +48,8 @@ def output_of(recipe: Path, planning: Planning, output: Path | None) -> Path:
 
 def free_bytes(place: Path) -> int | None:
     """Return the free space of the disk that holds a path, or would; None if nothing tells."""
-    for folder in (place, *place.absolute().parents):
-        if folder.exists():
-            return shutil.disk_usage(folder).free
+    with suppress(OSError):  # a name too long, say: the run says so in its words
+        for folder in (place, *place.absolute().parents):
+            if folder.exists():
+                return shutil.disk_usage(folder).free
     return None

@@ -11,7 +11,7 @@ for _power, _letter in enumerate("KMGT", start=1):
     _UNITS[_letter] = _UNITS[_letter + "B"] = 1000**_power
     _UNITS[_letter + "IB"] = 1024**_power
 
-_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?(?:I?B)?)\s*", re.IGNORECASE)
+_SIZE = re.compile(r"\s*(\d{1,18}(?:\.\d{1,18})?)\s*([KMGT]?(?:I?B)?)\s*", re.IGNORECASE | re.ASCII)
 
 
 def parse_size(text: str | int) -> int:
@@ -23,7 +23,9 @@ def parse_size(text: str | int) -> int:
     match = _SIZE.fullmatch(str(text))
     value = int(float(match[1]) * _UNITS[match[2].upper()]) if match else 0
     if value <= 0:
-        raise UsageError(f"{text!r} is no size", hint="write for example 500MB, 5GB or 2GiB")
+        raise UsageError(
+            f"{str(text)[:40]!r} is no size", hint="write for example 500MB, 5GB or 2GiB"
+        )
     return value
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from merge_kit.core.hashing import digests, tensor_hash
 from merge_kit.core.tensors import BLOCK, nbytes
 from merge_kit.engine.diagnose import not_finite
-from merge_kit.engine.journal import FOLDER
+from merge_kit.engine.journal import FOLDER, Finished
 from merge_kit.engine.kernel import Kernel
 from merge_kit.engine.pool import Task
 from merge_kit.engine.rounding import round_into
@@ -158,9 +158,12 @@ class OutputJob(Job):
         for i, target in enumerate(self.step.outputs):
             joined = (self.digests[key] for key in sorted(self.digests) if key[0] == i)
             hashes[target.key] = tensor_hash(b"".join(joined))
-        with self.run.tally.lock:
-            self.run.tally.hashes.update(hashes)
-        self.run.journal.write(self.index, hashes)
+        tally = self.run.tally
+        with tally.lock:
+            tally.hashes.update(hashes)
+            nonfinite = {key: tally.nonfinite[key] for key in hashes if key in tally.nonfinite}
+            saturated = {key: tally.saturated[key] for key in hashes if key in tally.saturated}
+        self.run.journal.write(self.index, Finished(hashes, nonfinite, saturated))
         self.clear()
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from merge_kit.errors import OutputError
 
@@ -15,8 +16,22 @@ FOLDER = ".merge_kit"
 """Folder inside the partial output for what only a run needs; it never reaches the output."""
 
 
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """What is known of the outputs of a finished step, by their keys.
+
+    Attributes:
+        nonfinite: NaN and infinities that were written.
+        saturated: Values beyond the output dtype.
+    """
+
+    hashes: Mapping[str, str]
+    nonfinite: Mapping[str, int]
+    saturated: Mapping[str, int]
+
+
 class Journal:
-    """An append-only file of finished steps: {"step": index, "hashes": {key: hash}}."""
+    """An append-only file: a line of JSON for each finished step, its index and `Finished`."""
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / FOLDER / "journal.jsonl"
@@ -26,10 +41,10 @@ class Journal:
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             torn = self._path.exists() and not self._path.read_bytes().endswith(b"\n")
-            self._file = self._path.open("a", encoding="utf-8")
-            self._file.write("\n" if torn else "")
+            self._file = self._path.open("ab", buffering=0)
+            self._file.write(b"\n" if torn else b"")
         except OSError as exc:
-            raise OutputError(f"cannot write: {exc.strerror}", where=self._path.name) from exc
+            raise self._failed(exc) from exc
         return self
 
     def __exit__(
@@ -40,23 +55,34 @@ class Journal:
     ) -> None:
         self._file.close()
 
-    def finished(self) -> dict[int, dict[str, str]]:
-        """Return the hashes by step that earlier runs wrote; a torn last line is left out."""
-        found: dict[int, dict[str, str]] = {}
+    def finished(self) -> dict[int, Finished]:
+        """Return what earlier runs finished, by step; a torn last line is left out."""
+        found: dict[int, Finished] = {}
         for line in self._path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
                 entry = json.loads(line)
-                found[int(entry["step"])] = dict(entry["hashes"])
-            except (ValueError, KeyError, TypeError):
+                found[int(entry.pop("step"))] = _finished(entry)
+            except (ValueError, KeyError, TypeError, AttributeError):
                 continue  # torn by a crash: the step is done again
         return found
 
-    def write(self, step: int, hashes: Mapping[str, str]) -> None:
+    def write(self, step: int, finished: Finished) -> None:
         """Add a finished step."""
-        line = json.dumps({"step": step, "hashes": dict(hashes)}) + "\n"
+        line = (json.dumps({"step": step, **asdict(finished)}) + "\n").encode()
         try:
             with self._lock:
-                self._file.write(line)
-                self._file.flush()
+                written = self._file.write(line)
         except OSError as exc:
-            raise OutputError(f"cannot write: {exc.strerror}", where=self._path.name) from exc
+            raise self._failed(exc) from exc
+        if written != len(line):
+            raise OutputError("the disk is full", where=self._path.name, hint=_HINT)
+
+    def _failed(self, exc: OSError) -> OutputError:
+        return OutputError(f"cannot write: {exc.strerror}", where=self._path.name, hint=_HINT)
+
+
+_HINT = "check the disk and run again: it goes on where it stopped"
+
+
+def _finished(entry: dict[str, Any]) -> Finished:
+    return Finished(dict(entry["hashes"]), dict(entry["nonfinite"]), dict(entry["saturated"]))

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 
 from merge_kit.engine.workspace import Workspace
+from merge_kit.errors import OutputError
 
 Task = Callable[[Workspace], "Sequence[Task]"]
 """Does a piece of work and returns the tasks that have become possible by it."""
@@ -36,12 +37,9 @@ class Pool:
             BaseException: The first error of any task, after all threads have ended.
         """
         self._ready.extend(tasks)
-        threads = [
-            threading.Thread(target=self._work, name=f"merge-{i}") for i in range(self._workers)
-        ]
-        for thread in threads:
-            thread.start()
+        threads: list[threading.Thread] = []
         try:
+            threads.extend(self._started())
             for thread in threads:
                 thread.join()
         finally:
@@ -51,6 +49,19 @@ class Pool:
                 thread.join()
         if self._error is not None:
             raise self._error
+
+    def _started(self) -> Iterator[threading.Thread]:
+        """Start the workers, or as many as the system allows."""
+        for i in range(self._workers):
+            thread = threading.Thread(target=self._work, name=f"merge-{i}")
+            try:
+                thread.start()
+            except RuntimeError as exc:
+                if i == 0:
+                    hint = "end other programs, or raise the limit of processes (ulimit -u)"
+                    raise OutputError("the system starts no more threads", hint=hint) from exc
+                return  # fewer workers give the same bytes
+            yield thread
 
     def _next(self) -> Task | None:
         with self._turn:

@@ -139,16 +139,23 @@ def _starting(make: Callable[[], Job]) -> Task:
 
 
 def _resume(run: RunState) -> set[int]:
-    """Return the steps that earlier runs finished and whose bytes are still what they wrote."""
+    """Return the steps that earlier runs finished and whose bytes are still what they wrote.
+
+    Where an earlier run was allowed to write NaN and this one is not, the step is done again and
+    says what is wrong.
+    """
     done, work = set(), Workspace()
-    for index, hashes in run.journal.finished().items():
-        if index >= len(run.plan.steps):
+    for index, finished in run.journal.finished().items():
+        is_refused = (finished.nonfinite or finished.saturated) and not run.allow_nonfinite
+        if index >= len(run.plan.steps) or is_refused:
             continue
         targets = run.plan.steps[index].outputs
         found = {t.key: tensor_hash(run.read_back(t, work)) for t in targets}
-        if found == hashes:
+        if found == finished.hashes:
             done.add(index)
-            run.tally.hashes.update(hashes)
+            run.tally.hashes.update(finished.hashes)
+            run.tally.nonfinite.update(finished.nonfinite)
+            run.tally.saturated.update(finished.saturated)
             run.tally.moved(sum(t.spec.nbytes for t in targets), targets[-1].key)
     return done
 

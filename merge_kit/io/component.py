@@ -109,7 +109,7 @@ def _check(
     index: Index | None, read: Mapping[str, tuple[StoredTensor, ...]], place: Path
 ) -> list[str]:
     """Check shards against one another and the index, and return warnings."""
-    held = {name: {t.spec.name for t in tensors} for name, tensors in read.items()}
+    held = {name: {t.spec.name: t for t in tensors} for name, tensors in read.items()}
     check_once(held, where=str(place))
     if index is None:
         return []

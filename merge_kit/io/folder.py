@@ -114,8 +114,8 @@ class _Inside:
 
     def refused(self, link: str) -> str:
         """Return why a link is not to be followed, or ""."""
-        target = Path(os.path.realpath(link))
         try:
+            target = Path(os.path.realpath(link))
             is_file = stat.S_ISREG(target.stat().st_mode)
         except OSError:
             return "a broken link"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 from collections.abc import Iterable
@@ -11,6 +12,8 @@ from typing import Self
 
 from merge_kit.errors import CheckpointError
 from merge_kit.io.values import WeightFile
+
+_TOO_MANY = "raise the limit of open files (ulimit -n)"
 
 
 class Reader:
@@ -46,20 +49,29 @@ class Reader:
             return found
         with self._lock:
             if path not in self._open:
-                try:
-                    self._open[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-                except OSError as exc:
-                    raise CheckpointError(
-                        f"cannot open: {exc.strerror}", where=str(path), hint="was it moved?"
-                    ) from exc
-                self._check(path)
+                self._open[path] = self._checked(path)
             return self._open[path]
 
-    def _check(self, path: Path) -> None:
+    def _checked(self, path: Path) -> int:
+        """Open a file; nobody gets to read one that has changed."""
+        try:
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as exc:
+            problem = f"cannot open: {exc.strerror}"
+            hint = _TOO_MANY if exc.errno in {errno.EMFILE, errno.ENFILE} else "was it moved?"
+            raise CheckpointError(problem, where=str(path), hint=hint) from exc
+        try:
+            self._check(path, descriptor)
+        except CheckpointError:
+            os.close(descriptor)
+            raise
+        return descriptor
+
+    def _check(self, path: Path, descriptor: int) -> None:
         expected = self._expected.get(path)
         if expected is None:
             return
-        now = os.fstat(self._open[path])
+        now = os.fstat(descriptor)
         if (now.st_size, now.st_mtime_ns) != (expected.nbytes, expected.mtime_ns):
             raise CheckpointError(
                 f"changed since the plan was made: {expected.nbytes} bytes then, {now.st_size} now",
@@ -80,8 +92,8 @@ class Reader:
         Raises:
             CheckpointError: If size or modification time changed while it was read.
         """
-        for path in tuple(self._open):
-            self._check(path)
+        for path, descriptor in tuple(self._open.items()):
+            self._check(path, descriptor)
 
     def read_into(self, path: Path, start: int, buffer: memoryview) -> None:
         """Fill a buffer from byte `start` of a file.

@@ -21,14 +21,15 @@ CACHE_BYTES = 4_000_000
 """Floats of a slab that a worker works on best."""
 
 MOST_BLOCKS = 4
+MOST_WORKERS = 1024
 _TENSOR_BYTES = 4_000  # of the plan and the journal, for each tensor of an input or output
 
 
 def worker_count(threads: int | None) -> int:
     """Return how many workers to use: as asked, or one for each processor, at most 8."""
     if threads is not None:
-        if threads < 1:
-            raise PlanError(f"threads is {threads}, expected at least 1")
+        if not 1 <= threads <= MOST_WORKERS:
+            raise PlanError(f"threads is {threads}, expected 1 to {MOST_WORKERS}")
         return threads
     if hasattr(os, "sched_getaffinity"):
         return min(8, len(os.sched_getaffinity(0)))

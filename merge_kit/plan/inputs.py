@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 from merge_kit.core.names import nearest
 from merge_kit.errors import CheckpointError, MergeKitError, PlanError
 from merge_kit.io.checkpoint import open_checkpoint
+from merge_kit.io.strict_json import shown
 from merge_kit.plan.models import Model, from_checkpoint
 from merge_kit.plan.values import PlanInput
 from merge_kit.recipe.stages import entries, references
 from merge_kit.recipe.values import ModelRef, Recipe, Stage
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 
 
 def listed(stage: Stage) -> Iterator[ModelRef]:
@@ -26,16 +30,21 @@ def locate(ref: ModelRef, folder: Path | None) -> Path:
     Raises:
         MergeKitError: If there is none.
     """
-    for base in (folder, Path()):
-        if base is not None and (base / ref.path).expanduser().exists():
-            return (base / ref.path).expanduser()
+    try:
+        for base in (folder, Path()):
+            if base is not None and (base / ref.path).expanduser().exists():
+                return (base / ref.path).expanduser()
+    except (OSError, RuntimeError) as exc:  # too long, not readable, the home of nobody
+        reason = exc.strerror if isinstance(exc, OSError) else exc
+        problem = f"cannot look up {shown(ref.path)}: {reason}"
+        raise CheckpointError(problem, where=str(ref.mark), hint="check the path") from exc
     looked = f"beside the recipe ({folder}) and " if folder is not None else ""
-    raise CheckpointError(
-        f"no folder or file {ref.path!r}",
-        where=str(ref.mark),
-        hint=f"looked {looked}in the working directory; a model of the Hub must be downloaded "
-        f"first: hf download {ref.path} --local-dir DIR",
-    )
+    hint = f"looked {looked}in the working directory"
+    if _HUB_ID.fullmatch(ref.path):
+        hint += "; a model of the Hub must be downloaded first: "
+        hint += f"hf download {ref.path} --local-dir DIR"
+    problem = f"no folder or file {shown(ref.path)}"
+    raise CheckpointError(problem, where=str(ref.mark), hint=hint)
 
 
 class Inputs:

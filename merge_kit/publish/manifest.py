@@ -164,6 +164,7 @@ def read_manifest(path: Path) -> Manifest:
     """
     from pydantic import TypeAdapter, ValidationError  # noqa: PLC0415  (slow; merges don't read)
 
+    named = path
     with reading(path):
         path = path / MANIFEST if path.is_dir() else path
         is_there = path.exists()
@@ -172,7 +173,7 @@ def read_manifest(path: Path) -> Manifest:
     if not is_there:
         problem = f"there is no {MANIFEST}"
         hint = "name a folder that mergekit run has written"
-        raise CheckpointError(problem, where=str(path.parent), hint=hint)
+        raise CheckpointError(problem, where=str(named), hint=hint)
     raw = read_bytes(path, limit_bytes)
     found = parse_object(raw, where=str(path), what="record").get("format")
     if found != FORMAT or isinstance(found, bool):

@@ -41,7 +41,7 @@ class SetMark(Mark):
     path: str = ""
 
     def __str__(self) -> str:
-        return f"--set {self.path}"
+        return f"--set {self.path[:200]}"
 
 
 @dataclass(frozen=True, slots=True)
