@@ -19,50 +19,66 @@ _ALIGN = 4096
 class Spills:
     """Places the spilled tensors below one step in its scratch file."""
 
-    def __init__(self) -> None:
+    def __init__(self, step: Step) -> None:
         self._next = 0
         self._placed: dict[int, Merged] = {}
+        self._kept: set[int] = set()
+        self._choose(step, set())
 
-    def place(self, step: Step) -> Step:
-        """Return the step with every feeding result either placed or left to recomputing."""
+    def _choose(self, step: Step, seen: set[int]) -> None:
+        """Find the feeding steps to keep: one reader that needs it is enough for all."""
         method = step.method
         assert method is not None  # copies have no feeding steps
         once = method.residency() == "element" and not method.scans()
+        for source in operands(step):
+            self._choose_source(source, seen, once=once)
+
+    def _choose_source(self, source: Source, seen: set[int], *, once: bool) -> None:
+        for part in parts(source):
+            self._choose_source(part, seen, once=False)
+        if not isinstance(source, Merged):
+            return
+        method, key = source.step.method, id(source.step)
+        assert method is not None
+        if not once or method.residency() != "element":
+            self._kept.add(key)
+        if key not in seen:
+            seen.add(key)
+            self._choose(source.step, seen)
+
+    def place(self, step: Step) -> Step:
+        """Return the step with every feeding result either placed or left to recomputing."""
         return replace(
             step,
-            base=None if step.base is None else self._source(step.base, once=once),
-            inputs=tuple(self._source(source, once=once) for source in step.inputs),
-            aux=tuple((name, self._source(source, once=once)) for name, source in step.aux),
+            base=None if step.base is None else self._source(step.base),
+            inputs=tuple(self._source(source) for source in step.inputs),
+            aux=tuple((name, self._source(source)) for name, source in step.aux),
         )
 
-    def _source(self, source: Source, *, once: bool) -> Source:
+    def _source(self, source: Source) -> Source:
         if isinstance(source, Merged):
-            return self._merged(source, once=once)
+            return self._merged(source)
         if not parts(source):
             return source
         if isinstance(source, Concat):
-            return replace(
-                source, sources=tuple(self._source(s, once=False) for s in source.sources)
-            )
+            return replace(source, sources=tuple(self._source(s) for s in source.sources))
         changed: dict[str, Any] = {}
         for entry in fields(source):
             value = getattr(source, entry.name)
             if isinstance(value, Source):
-                changed[entry.name] = self._source(value, once=False)
+                changed[entry.name] = self._source(value)
         return replace(source, **changed)
 
-    def _merged(self, source: Merged, *, once: bool) -> Merged:
-        if id(source.step) in self._placed:
-            return self._placed[id(source.step)]
-        step = self.place(source.step)
-        method = step.method
-        assert method is not None
-        found = replace(source, step=step)
-        if not once or method.residency() != "element":
+    def _merged(self, source: Merged) -> Merged:
+        key = id(source.step)
+        if key in self._placed:
+            return self._placed[key]
+        found = replace(source, step=self.place(source.step))
+        if key in self._kept:
             found = replace(found, spill=self._next)
             size = nbytes(source.dtype, elements(source))
             self._next += -(-size // _ALIGN) * _ALIGN
-        self._placed[id(source.step)] = found
+        self._placed[key] = found
         return found
 
 
@@ -70,7 +86,7 @@ def with_spills(step: Step) -> Step:
     """Return a step with the results that feed it placed; steps fed by files are unchanged."""
     if step.method is None or not any(_feeds(source) for source in operands(step)):
         return step
-    return Spills().place(step)
+    return Spills(step).place(step)
 
 
 def _feeds(source: Source) -> bool:

@@ -52,11 +52,11 @@ class StepMaker:
         """
         _same_shape(item)
         if item.action == "copy":
-            return self._copy(item, item.parts[0], ())
+            return self._copied(item, item.parts[0])
         method, base, inputs = self._evaluator.method(item)
         dtypes = [part.model.tensors[part.name].spec.dtype for part in item.parts]
         if method.copies():
-            return self._passed(item, inputs[0], method)
+            return self._passed(item, inputs[0])
         if all(is_float(dtype) for dtype in dtypes):
             return self._merge(item, method, base, inputs, dtypes)
         return self._agreeing(item, dtypes)
@@ -76,7 +76,8 @@ class StepMaker:
         out = self._out_dtype(dtypes)
         shape = _held(item.parts[0]).spec.shape
         sources = [_source(part) for part in item.parts]
-        wide = "F64" in (out, *(s.dtype for s in sources)) or len(sources) > FLOAT64_MODELS
+        kinds = {source.dtype for source in sources}
+        wide = "F64" in (out, *kinds) or len(sources) > FLOAT64_MODELS
         spec = TensorSpec(_held(item.parts[0]).spec.name, out, shape)
         spec = replace(spec, name=_file_name(item))
         step = Step(
@@ -92,16 +93,26 @@ class StepMaker:
             seed=self.seed,
             note=item.note,
         )
-        named = self.stage.out_dtype or self.stage.dtype
-        merged = Merged(step, named or step.compute, shape)
+        between: Literal["F32", "F64"] = "F64" if "F64" in (out, *kinds) else "F32"
+        merged = Merged(step, self.stage.out_dtype or self.stage.dtype or between, shape)
         return Made(item, Held(item.component, spec, merged), step, "merged")
 
-    def _passed(self, item: Item, part: Part, method: MergeMethod) -> Made:
-        """Return a copy, or a conversion where the output has another dtype."""
-        dtype = _held(part).spec.dtype
-        if is_float(dtype) and self._out_dtype([dtype]) != dtype:
-            return self._merge(item, method, None, (part,), [dtype])
-        return self._copy(item, part, ())
+    def _copied(self, item: Item, part: Part) -> Made:
+        """Return a copy whatever dtype the stage names; what is still in float32 takes it."""
+        in_flight = _source(part).dtype != _held(part).spec.dtype
+        return self._passed(item, part) if in_flight else self._copy(item, part, ())
+
+    def _passed(self, item: Item, part: Part) -> Made:
+        """Return a copy, or a conversion where the stage names another dtype."""
+        held, source = _held(part), _source(part)
+        named = self.stage.out_dtype or self.stage.dtype
+        as_it_is = named == source.dtype == held.spec.dtype
+        if named is None or as_it_is or not is_float(held.spec.dtype):
+            return self._copy(item, part, ())
+        spec = replace(held.spec, name=_file_name(item), dtype=named)
+        step = _through(self._copy_step(item, part, spec), source, self.seed)
+        merged = Merged(step, named, spec.shape)
+        return Made(item, Held(item.component, spec, merged), step, "merged")
 
     def _agreeing(self, item: Item, dtypes: list[str]) -> Made:
         """Return a copy of an integer tensor that must be equal in all models."""
@@ -114,28 +125,34 @@ class StepMaker:
         return self._copy(item, item.parts[0], others)
 
     def _copy(self, item: Item, part: Part, others: tuple[Part, ...]) -> Made:
-        source, held = _source(part), _held(part)
-        spec = replace(held.spec, name=_file_name(item))
-        step = Step(
-            action="copy",
-            outputs=(Target(item.name, spec, -1, 0),),
-            inputs=(source,),
-            models=(part.model.label,),
+        """Return a copy; what another stage computes keeps its dtype."""
+        source = _source(part)
+        spec = replace(_held(part).spec, name=_file_name(item))
+        step = replace(
+            self._copy_step(item, part, spec),
             agree=tuple(_source(other) for other in others),
             agree_models=tuple(other.model.label for other in others),
-            group=self.group,
-            note=item.note,
         )
         if not isinstance(source, Stored):
             step = _through(step, source, self.seed)
         return Made(item, Held(item.component, spec, source), step, "copied")
+
+    def _copy_step(self, item: Item, part: Part, spec: TensorSpec) -> Step:
+        return Step(
+            action="copy",
+            outputs=(Target(item.name, spec, -1, 0),),
+            inputs=(_source(part),),
+            models=(part.model.label,),
+            group=self.group,
+            note=item.note,
+        )
 
 
 def _through(step: Step, source: Source, seed: int) -> Step:
     """Return a copy of what another stage computes: its own step where that is possible."""
     if isinstance(source, Merged) and not source_parts(source):
         inner = source.step
-        if source.dtype in (step.outputs[0].spec.dtype, "F32", "F64"):
+        if source.dtype in (step.outputs[0].spec.dtype, inner.compute):  # nothing rounds between
             return replace(inner, outputs=step.outputs, note=step.note or inner.note, seed=seed)
     wide: Literal["F32", "F64"] = "F64" if source.dtype == "F64" else "F32"
     return replace(step, action="merge", method=Passthrough(), compute=wide, weights=(1.0,))
