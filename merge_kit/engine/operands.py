@@ -176,7 +176,7 @@ def _add_product(out: Tensor, left: Tensor, right: Tensor, scale: float, start: 
         flat = strip[:, :columns].flatten()
         low, high = max(start, top * columns), min(stop, (top + tall) * columns)
         part = flat[low - top * columns : high - top * columns]
-        out[low - start : high - start].add_(part, alpha=scale)
+        out[low - start : high - start].add_(part.mul_(scale))
 
 
 def _padded(matrix: Tensor, size: int, axis: int) -> Tensor:

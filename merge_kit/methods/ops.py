@@ -11,41 +11,55 @@ from typing import TYPE_CHECKING
 
 from merge_kit.errors import ParameterError
 from merge_kit.methods.lazy import np, torch
+from merge_kit.methods.reductions import TINY_SQUARE
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
 def weighted_sum(rows: Tensor, weights: Sequence[float], start: Tensor | None = None) -> Tensor:
-    """Return start + sum w_i rows[i], in order; overwrites rows[0].
+    """Return start + (w_0 rows[0] + w_1 rows[1] + ...), in order; overwrites the rows.
+
+    Every product is rounded, then every sum: no fused operation, whose use differs between
+    processors and between the body and the tail of a vector.
 
     Args:
         rows: (models, elements), at least one model.
         weights: One a model.
         start: (elements,), or None for zero.
     """
-    total = rows[0].mul_(weights[0])
+    total = scaled(rows[0], weights[0])
     for row, weight in zip(rows[1:], weights[1:], strict=True):
-        total.add_(row, alpha=weight)
+        total.add_(scaled(row, weight))
     return total if start is None else total.add_(start)
+
+
+def scaled(row: Tensor, weight: float) -> Tensor:
+    """Multiply a row by its weight, in place."""
+    return row if weight == 1.0 else row.mul_(weight)
 
 
 def row_angles(left: Tensor, right: Tensor) -> list[float | None]:
     """Return the angle between each pair of rows of two (rows, columns); None if one is zero.
 
-    In float64; the angle of one row does not depend on how many there are.
+    In float64; the angle of one row does not depend on how many there are. The operands stay as
+    they are.
     """
-    u, v = left.double(), right.double()
+    u, v = left.double(), right.double()  # of float64 these are the operands themselves
     squares = zip(_row_dots(u, u), _row_dots(v, v), strict=True)
-    lengths = [(sqrt(uu), sqrt(vv)) for uu, vv in squares]
-    u.div_(torch.tensor([[length or 1.0] for length, _ in lengths], dtype=torch.float64))
-    v.div_(torch.tensor([[length or 1.0] for _, length in lengths], dtype=torch.float64))
+    lengths = [(_length(uu), _length(vv)) for uu, vv in squares]
+    u = u / torch.tensor([[length or 1.0] for length, _ in lengths], dtype=torch.float64)
+    v = v / torch.tensor([[length or 1.0] for _, length in lengths], dtype=torch.float64)
     apart, together = u - v, u.add_(v)
     pairs = zip(_row_dots(apart, apart), _row_dots(together, together), strict=True)
     return [
         2 * atan2(sqrt(between), sqrt(beside)) if min(length) > 0 else None
         for (between, beside), length in zip(pairs, lengths, strict=True)
     ]
+
+
+def _length(square: float) -> float:
+    return sqrt(square) if square >= TINY_SQUARE else 0.0
 
 
 def _row_dots(left: Tensor, right: Tensor) -> list[float]:

@@ -28,6 +28,10 @@ CHUNK = 64 * BLOCK
 """Elements that one accumulator sees, at most; fixed, so that sums have one order."""
 
 
+TINY_SQUARE = 1e-300
+"""Squared lengths below it say nothing: float64 has lost the squares of the elements."""
+
+
 class Accumulator(ABC):
     """What one chunk has gathered."""
 
@@ -153,7 +157,8 @@ class _PairSums(_GramSums):
 class Angle(Reduction):
     """The angle between the two rows that are scanned, in radians; None if one is zero.
 
-    Close to opposite rows take a second pass: there the cosine says too little about the angle.
+    A length below 1e-150 is zero here. Close to opposite rows take a second pass: there the
+    cosine says too little about the angle.
     """
 
     def accumulator(self, carry: Any) -> Accumulator:
@@ -163,7 +168,7 @@ class Angle(Reduction):
         if carry is not None:
             return Done(pi - 2 * asin(min(1.0, sqrt(total.total[0]) / 2)))
         aa, ab, bb = total.total
-        if aa <= 0 or bb <= 0:
+        if aa < TINY_SQUARE or bb < TINY_SQUARE:
             return Done(None)
         cosine = ab / (sqrt(aa) * sqrt(bb))
         if cosine < -0.9:

@@ -34,9 +34,10 @@ class Slerp(MergeMethod):
     out = sin((1-t) theta)/sin(theta) * base + sin(t theta)/sin(theta) * x,
     theta the angle between the two tensors
 
-    The vectors keep their own lengths (they are not normalised). A zero vector, and parallel or
-    opposite tensors (sin(theta) <= 1e-6), interpolate linearly; opposite ones pass through zero
-    at t = 0.5. t outside [0, 1] extrapolates along the arc. 0-d tensors are vectors of length 1.
+    The vectors keep their own lengths (they are not normalised). A zero vector (of a length below
+    1e-150), and parallel or opposite tensors (sin(theta) <= 1e-6), interpolate linearly; opposite
+    ones pass through zero at t = 0.5. t outside [0, 1] extrapolates along the arc. 0-d tensors are
+    vectors of length 1.
     mergekit already switches to linear interpolation at |cos(theta)| > 0.9995.
 
     More than two models: a sequence of stages, the k-th with t = w_k / (w_1 + ... + w_k); the
@@ -76,7 +77,7 @@ class Slerp(MergeMethod):
             return other
         if self.flatten:
             a, b = coefficients(scans["angle"], self.t)
-            return other.mul_(b).add_(slab.base, alpha=a)
+            return other.mul_(b).add_(slab.base * a)
         rows, base = other.view(-1, slab.columns), slab.base.view(-1, slab.columns)
         factors = [coefficients(theta, self.t) for theta in ops.row_angles(base, rows)]
         ops.scale_rows(rows, [b for _, b in factors])

@@ -21,8 +21,9 @@ class TaskArithmetic(MergeMethod):
 
     out = base + lambda * sum(w_i (x_i - base)), divided by sum(w_i) if normalize is true
 
-    A negative weight removes what a fine-tune learned. Weights whose sum is zero (within 1e-6 of
-    the sum of their magnitudes) cannot be normalised and are an error.
+    A negative weight removes what a fine-tune learned. Weights that are all zero give the base.
+    Others whose sum is zero (within 1e-6 of the sum of their magnitudes) cannot be normalised and
+    are an error; mergekit leaves the sum as it is there.
 
     Attributes:
         weight: Weight of each task vector, any finite number.
@@ -51,14 +52,14 @@ class TaskArithmetic(MergeMethod):
     lambda_: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.normalize and self.weight:
+        if self.normalize and any(self.weight):
             ops.total_weight(self.weight)
 
     def merge(self, slab: Slab, scans: Scans) -> Tensor:
         """Return the base plus the weighted deltas."""
         del scans
         assert slab.base is not None  # needs_base
-        if not self.weight:
+        if not any(self.weight):
             return slab.base.clone()
         factor = self.lambda_ / (ops.total_weight(self.weight) if self.normalize else 1.0)
         return ops.weighted_sum(slab.deltas, [w * factor for w in self.weight], slab.base)

@@ -138,7 +138,7 @@ def feeding(tmp_path, method, tensors, *, base=None, dtype="F32"):
 def test_a_feeding_step_stays_in_float32(tmp_path):
     a, b = matrix(97, 701, torch.bfloat16), matrix(97, 701, torch.bfloat16)
     source = feeding(tmp_path, Linear(weight=PerModel((1.0, 2.0))), [a, b])
-    total = a.float().mul(1 / 3).add(b.float(), alpha=2 / 3)
+    total = a.float() * (1 / 3) + b.float() * (2 / 3)
     in_all_sizes(source, tmp_path, total)
 
 
