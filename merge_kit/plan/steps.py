@@ -9,8 +9,9 @@ from typing import Literal
 from merge_kit.core.dtypes import DTYPES, is_float, promoted
 from merge_kit.core.tensors import TensorSpec
 from merge_kit.errors import MergeKitError, MismatchError
-from merge_kit.methods.base import MergeMethod
+from merge_kit.methods.base import MergeMethod, PerModel
 from merge_kit.methods.passthrough import Passthrough
+from merge_kit.methods.registry import parameters
 from merge_kit.plan.evaluate import Evaluator
 from merge_kit.plan.items import Item, Part
 from merge_kit.plan.models import Held
@@ -77,7 +78,7 @@ class StepMaker:
         shape = _held(item.parts[0]).spec.shape
         sources = [_source(part) for part in item.parts]
         kinds = {source.dtype for source in sources}
-        wide = "F64" in (out, *kinds) or len(sources) > FLOAT64_MODELS
+        wide = "F64" in (out, *kinds) or len(sources) > FLOAT64_MODELS or _is_extreme(method)
         spec = TensorSpec(_held(item.parts[0]).spec.name, out, shape)
         spec = replace(spec, name=_file_name(item))
         step = Step(
@@ -146,6 +147,16 @@ class StepMaker:
             group=self.group,
             note=item.note,
         )
+
+
+def _is_extreme(method: MergeMethod) -> bool:
+    """Return whether a parameter, or the ratio of two, may leave the range of float32."""
+    for parameter in parameters(type(method)):
+        found = getattr(method, parameter.field)
+        for value in found if isinstance(found, PerModel) else (found,):
+            if isinstance(value, float) and value and not 1e-15 <= abs(value) <= 1e15:
+                return True
+    return False
 
 
 def _through(step: Step, source: Source, seed: int) -> Step:
