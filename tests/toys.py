@@ -6,10 +6,11 @@ import json
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
+
 from merge_kit.engine.run import run_plan
 from merge_kit.plan.build import build_plan
 from merge_kit.recipe.parse import parse_recipe
-from safetensors.torch import load_file, save_file
 
 WIDTH = 4
 SUFFIXES = ("self_attn.q_proj.weight", "mlp.up_proj.weight", "input_layernorm.weight")
