@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import math
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
 import threading
+import time
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
-from bench_of_faults import RECIPE, WEIGHTS, Bench
+from bench_of_faults import RECIPE, ROOT, WEIGHTS, Bench
 from safetensors.torch import save_file
 
 from merge_kit import api
+from merge_kit.cli import main
 from merge_kit.errors import CheckpointError, InterruptedRun, NonFiniteError
 from merge_kit.io.component import read_weights
 from merge_kit.io.reader import Reader
@@ -60,7 +72,146 @@ def test_rows_without_end_in_an_empty_tensor_take_no_memory(bench):
     assert bench.merged("--memory", "300MB")["x"].shape == (0, 2**40)
 
 
-# references --------------------------------------------------------------------------------------
+@pytest.mark.parametrize("types", [[{}, {}], [[], []], [None, 1], [1.5, "x"]])
+def test_layer_types_of_any_kind_are_no_traceback(bench, types):
+    config = json.loads((bench / "a/config.json").read_text())
+    (bench / "a/config.json").write_text(json.dumps(config | {"layer_types": types}))
+    bench.recipe(STACK)
+    assert bench.do("plan", "recipe.yaml").code in {0, 2, 3}
+
+
+def in_few_seconds(bench, code, *parts):
+    """Check that a recipe is refused soon, on the slowest machine too."""
+    begun = time.monotonic()
+    bench.refused(code, *parts)
+    assert time.monotonic() - begun < 5
+
+
+def test_a_config_cannot_keep_the_reader_busy(bench):
+    keys = ",".join(f'"k{i}":1' for i in range(100_000))
+    (bench / "a/config.json").write_text(f'{{{keys},"k99999":2}}')
+    in_few_seconds(bench, 3, "input-1:a/config.json: key 'k99999' appears twice")
+
+
+def test_a_config_cannot_keep_the_editor_busy(bench):
+    parts = {f"x{i}_config": {"dtype": "float16"} for i in range(5000)}
+    (bench / "a/config.json").write_text(json.dumps(parts))
+    bench.recipe(RECIPE + "dtype: bfloat16\n")
+    in_few_seconds(bench, 3, "5,000 values would have to be changed")
+
+
+def test_a_tokenizer_of_gigabytes_is_not_read(bench):
+    for name in "ab":
+        (bench / name / "tokenizer.json").write_text("{}")
+    os.truncate(bench / "b/tokenizer.json", 1 << 40)
+    in_few_seconds(bench, 3, "b/tokenizer.json: holds 1099511627776 bytes")
+
+
+def test_a_broken_tokenizer_is_said_to_be_one_of_two(bench):
+    for name, text in (("a", "{}"), ("b", "{")):
+        (bench / name / "tokenizer.json").write_text(text)
+    bench.refused(3, "tokenizer.json", "of input-1:a or input-2:b: ")
+
+
+# what lies in a model's folder -------------------------------------------------------------------
+
+
+def pipe(path):
+    path.unlink(missing_ok=True)
+    os.mkfifo(path)
+
+
+def to_itself(path):
+    path.unlink(missing_ok=True)
+    path.symlink_to(path.name)
+
+
+def endless(path):
+    path.unlink(missing_ok=True)
+    path.symlink_to("/dev/zero")
+
+
+@pytest.mark.parametrize("name", ["config.json", WEIGHTS, WEIGHTS + ".index.json"])
+@pytest.mark.parametrize("fault", [pipe, to_itself, endless])
+def test_what_is_no_file_is_refused_unopened(bench, name, fault):
+    fault(bench / "a" / name)
+    bench.refused(3, f"a/{name}: is ", "expected a file inside the model's folder")
+
+
+STRANGE = [b"new\nline.json", b"not-utf8-\xff.json", b"folder-\xff/x.json", b"\x1b[31m.txt"]
+PLAIN = {"a/b/c/d/e/f.txt", "README.md/x", "merge_kit.json/x", ".merge_kit/journal.jsonl", ".git/x"}
+
+
+def test_no_name_in_a_folder_breaks_or_enters_an_output(bench):
+    for name in (*STRANGE, *(name.encode() for name in PLAIN)):
+        path = Path(os.fsdecode(os.fsencode(bench / "a") + b"/" + name))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("{}")
+    for name in ("TOKENIZER.json", "tokenizer.json", "CONFIG.JSON"):  # two of them one on a Mac
+        (bench / "a" / name).write_text("{}")
+    bench.merged()
+    files = {str(p.relative_to(bench / "out")) for p in (bench / "out").rglob("*") if p.is_file()}
+    own = {"README.md", "merge_kit.json", "config.json", WEIGHTS}
+    assert files == own | {"TOKENIZER.json", "tokenizer.json", "CONFIG.JSON"}
+    assert bench.do("verify", "out").code == 0
+
+
+@pytest.mark.parametrize("name", ["b\nhint: run rm", "b`|<x>", "- b", "b\u202ex"])
+def test_a_strange_name_of_a_model_stays_a_name(bench, name):
+    (bench / "b").rename(bench / name)
+    bench.known(name)
+    bench.recipe(RECIPE.replace("model: b", f"model: {json.dumps(name)}"))
+    bench.merged()
+    assert bench.do("verify", "out").code == 0
+    assert bench.left() == {"out"}
+
+
+TENSORS = ["", "a/b", "../../x", "/etc/x", "a\\b", "x" * 10_000, "-1", "0", "layers.0", "\u0663.w"]
+
+
+def test_names_of_tensors_are_names_and_nothing_else(bench):
+    for name, value in (("a", 1.0), ("b", 3.0)):
+        save_file({t: torch.full((2,), value) for t in TENSORS}, bench / name / WEIGHTS)
+    merged = bench.merged()
+    assert set(merged) == set(TENSORS)
+    assert all(tensor.tolist() == [2.0, 2.0] for tensor in merged.values())
+    assert bench.left() == {"out"}
+
+
+@pytest.mark.parametrize("name", ["a\nb", "a\x00b", "\x1b[31m", "\u2028"])
+def test_a_tensor_whose_name_writes_to_the_terminal_is_refused(bench, name):
+    save_file({name: torch.ones(2)}, bench / "a" / WEIGHTS)
+    done = bench.refused(3, f"a/{WEIGHTS}: tensor name ", "holds a control character")
+    assert name not in done.err
+
+
+@pytest.mark.parametrize("shape", [[], [0], [0, 2**40], [1] * 2000, [3, 0, 5]])
+def test_odd_shapes_are_merged(bench, shape):
+    count = math.prod(shape)
+    text = json.dumps({"x": {"dtype": "F32", "shape": shape, "data_offsets": [0, 4 * count]}})
+    for name in "ab":
+        raw = len(text).to_bytes(8, "little") + text.encode() + b"\0" * 4 * count
+        (bench / name / WEIGHTS).write_bytes(raw)
+    assert list(bench.merged()["x"].shape) == shape
+
+
+def test_a_folder_of_thousands_of_files_keeps_them_all(bench):
+    for i in range(1000):
+        (bench / "a" / f"f{i}.txt").write_text(str(i))
+    bench.merged()
+    assert (bench / "out/f999.txt").read_text() == "999"
+
+
+def test_fifty_models_are_averaged(bench):
+    for i in range(50):
+        (bench / f"m{i}").mkdir()
+        save_file({"x": torch.full((3,), float(i))}, bench / f"m{i}" / WEIGHTS)
+    models = "".join(f"- {{model: m{i}, parameters: {{weight: 1}}}}\n" for i in range(50))
+    bench.recipe("merge_method: linear\nmodels:\n" + models)
+    assert bench.merged()["x"].tolist() == [24.5] * 3
+
+
+# references -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -123,6 +274,129 @@ def test_a_name_too_long_for_an_output_is_an_error_of_the_system(bench):
 
 def test_a_record_that_is_not_there_is_named(bench):
     bench.do("verify", "nowhere/out").refuses(3, "nowhere/out: there is no merge_kit.json")
+
+
+# surroundings ------------------------------------------------------------------------------------
+
+
+def closed(*descriptors):
+    def before():
+        for descriptor in descriptors:
+            os.close(descriptor)
+
+    return before
+
+
+@pytest.mark.parametrize("descriptors", [(2,), (0, 1, 2)])
+def test_a_run_without_standard_streams_ends_well(bench, descriptors):
+    words = ("run", "recipe.yaml", "-o", "out")
+    done = bench.child(*words, before=closed(*descriptors))
+    assert (done.code, done.err) == (0, "")
+    assert bench.left() == {"out"}
+    assert bench.do("verify", "out").code == 0
+
+
+def test_where_nobody_can_read_the_message_the_code_remains(bench):
+    with Path("/dev/full").open("w") as full:
+        process = bench.start("run", "nowhere.yaml", stderr=full)
+        process.communicate(timeout=60)
+    assert process.returncode == 2
+
+
+def test_a_file_of_the_run_never_gets_the_number_of_a_closed_stream():
+    code = "from merge_kit.cli.streams import prepare_streams as p; p()\nimport sys\n"
+    code += "sys.exit(open(sys.executable, 'rb').fileno())"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    words = [sys.executable, "-c", code]
+    done = subprocess.run(words, env=environment, preexec_fn=closed(0, 1, 2), check=False)
+    assert done.returncode >= 3
+
+
+def test_characters_that_an_output_lacks_are_escaped(bench):
+    (bench / "b").rename(bench / "bé")
+    bench.recipe(RECIPE.replace("model: b", "model: bé"))
+    ascii_only = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii"}
+    done = bench.child("plan", "recipe.yaml", env=ascii_only)
+    assert (done.code, "input-2: b\\xe9" in done.out) == (0, True), done.err
+    done = bench.child("plan", "recipe.yaml", "--json", env=ascii_only)
+    assert [model["name"] for model in json.loads(done.out)["inputs"]] == ["a", "bé"]
+
+
+def test_a_deleted_working_directory_is_said_to_be_deleted(bench, monkeypatch):
+    (bench / "gone").mkdir()
+    monkeypatch.chdir(bench / "gone")
+    (bench / "gone").rmdir()
+    bench.do("run", "../recipe.yaml").refuses(4, "the working directory cannot be found")
+
+
+def test_a_signal_after_the_work_is_done_does_not_end_in_a_traceback(bench, monkeypatch):
+    before = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(sys, "argv", ["mergekit", "plan", "recipe.yaml"])
+    try:
+        assert main() == 0
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize("most", [0, 100, 1300])
+def test_a_limit_of_file_sizes_leaves_nothing(bench, most):
+    words = ("run", "recipe.yaml", "-o", "out")
+    limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (most, most))
+    bench.child(*words, before=limit).refuses(4, "cannot write: File too large")
+    assert bench.left() == (set() if most < 1000 else {"out.partial"})  # the weights did fit
+
+
+FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def failing(times):
+    """Return a function of the system that fails from its n-th call on, and counts the calls."""
+
+    def make(real):
+        def function(*args):
+            function.calls += 1
+            if function.calls > times:
+                raise FULL
+            return real(*args)
+
+        function.calls = 0
+        return function
+
+    return make
+
+
+@pytest.mark.parametrize("name", ["posix_fallocate", "pwrite", "mkdir", "rename", "ftruncate"])
+def test_a_disk_that_fills_up_leaves_nothing_that_looks_like_an_output(bench, monkeypatch, name):
+    real = getattr(os, name)
+    for times in range(40):
+        with monkeypatch.context() as patch:
+            full = failing(times)(real)
+            patch.setattr(os, name, full)
+            done = bench.run("--threads", "1")
+        if done.code == 0:
+            assert bench.left() == {"out"}
+            if full.calls <= times:
+                return
+            shutil.rmtree(bench / "out")
+        else:
+            done.refuses(4, "No space left on device")
+            assert bench.left() <= {"out.partial", "out.partial.state"}
+    pytest.fail(f"{name} is called more than 40 times")
+
+
+@pytest.mark.parametrize("limit", [20, 64])
+def test_a_few_open_files_are_enough(bench, limit):
+    limits = partial(resource.setrlimit, resource.RLIMIT_NOFILE, (limit, limit))
+    done = bench.child("run", "recipe.yaml", "-o", "out", "--shard-size", "100", before=limits)
+    assert done.code == 0, done.err
+
+
+def test_too_few_open_files_are_an_error_in_words(bench):
+    limits = partial(resource.setrlimit, resource.RLIMIT_NOFILE, (12, 12))
+    words = ("run", "recipe.yaml", "-o", "out", "--shard-size", "1", "--threads", "1")
+    bench.child(*words, before=limits).refuses(4, "Too many open files", "ulimit -n")
+    assert bench.left() <= {"out.partial"}
 
 
 # threads -----------------------------------------------------------------------------------------

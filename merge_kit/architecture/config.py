@@ -15,6 +15,9 @@ Config = Mapping[str, Any]
 MAX_DEPTH = 64
 """Levels of nesting allowed; real configs have about five."""
 
+MAX_WORK = 50_000_000
+"""Edits times characters allowed, some seconds; real configs have a few edits in 10,000."""
+
 TEXT_PARTS = ("text_config", "llm_config", "language_config", "decoder", "generator")
 """Keys under which a composite config keeps the one of its text decoder."""
 
@@ -77,6 +80,9 @@ def edit_config(text: str, edits: Sequence[Edit], where: str = "config.json") ->
             no object.
     """
     read_config(text, where)
+    if len(edits) * len(text) > MAX_WORK:
+        problem = f"{len(edits):,} values would have to be changed in {len(text):,} characters"
+        raise CheckpointError(problem, where=where, hint="this is no config.json of a model")
     for edit in edits:
         text = _edited(text, edit, where)
     return text
@@ -162,9 +168,11 @@ def _is_transformers(config: Config) -> bool:
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise _RefusedError(f"key {twice!r} appears twice in one object, expected once")
+        seen: set[str] = set()
+        for key, _ in pairs:
+            if key in seen:
+                raise _RefusedError(f"key {key[:60]!r} appears twice in one object, expected once")
+            seen.add(key)
     return found
 
 

@@ -56,12 +56,13 @@ def _shared(config: Config) -> int:
     return int(value) if is_int(value) else 0
 
 
-def _types(config: Config, layers: int) -> list[Any]:
-    types = config.get("layer_types")
-    return types if isinstance(types, list) and len(types) >= layers else [None] * layers
+def _types(config: Config, layers: int) -> list[str]:
+    types: Any = config.get("layer_types")
+    held = isinstance(types, list) and len(types) >= layers
+    return [repr(kind) for kind in types] if held else [""] * layers  # of any JSON type
 
 
-def _sources(types: Sequence[Any], shared: int) -> list[int | None]:
+def _sources(types: Sequence[str], shared: int) -> list[int | None]:
     """Return for each layer the one that it reads from, None if its own, -1 if there is none."""
     first = max(len(types) - shared, 0)
     last = {kind: i for i, kind in enumerate(types[:first])}

@@ -7,12 +7,14 @@ import signal
 import sys
 import traceback
 from collections.abc import Sequence
+from pathlib import Path
 
 import click
 
 from merge_kit.cli.commands import app
 from merge_kit.cli.failures import message, system_error
-from merge_kit.errors import MergeKitError
+from merge_kit.cli.streams import complain, prepare_streams
+from merge_kit.errors import MergeKitError, OutputError
 
 TRACEBACK = "MERGE_KIT_TRACEBACK"
 
@@ -23,9 +25,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Args:
         arguments: The words after the program's name; those of the process if None.
     """
-    words = list(sys.argv[1:] if arguments is None else arguments)
+    if arguments is not None:
+        return _main(arguments)
+    code = _main(sys.argv[1:])
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # all is done, and what ends the process is quick
+    return code
+
+
+def _main(words: Sequence[str]) -> int:
+    prepare_streams()
     try:
-        return _run(words)
+        return _run(list(words))
     except BrokenPipeError:  # the reader of our output went away: `mergekit plan x | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
@@ -38,6 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(words: list[str]) -> int:
     try:
         with app.make_context("mergekit", words) as context:
+            _refuse_lost_directory()
             app.invoke(context)
         _flush()
     except click.exceptions.Exit as exc:
@@ -49,6 +60,15 @@ def _run(words: list[str]) -> int:
     return 0
 
 
+def _refuse_lost_directory() -> None:
+    """Refuse to work in a directory that was deleted: libraries end the process there."""
+    try:
+        Path.cwd()
+    except OSError as exc:
+        problem = f"the working directory cannot be found: {exc.strerror}"
+        raise OutputError(problem, hint="go to a folder that is there, and run again") from exc
+
+
 def _flush() -> None:
     print(end="", flush=True)  # unlike sys.stdout.flush, works where there is no standard output
 
@@ -57,11 +77,10 @@ def _fail(exc: Exception) -> int:
     """Print what went wrong and return the exit code."""
     known = exc if isinstance(exc, MergeKitError) else system_error(exc)
     if known is not None:
-        print(message(known), file=sys.stderr)
+        complain(message(known))
         return known.code()
     if os.environ.get(TRACEBACK) == "1":
-        traceback.print_exception(exc)
-    print(f"error: unexpected {type(exc).__name__}: {exc}", file=sys.stderr)
+        complain("".join(traceback.format_exception(exc)))
     hint = f"this is a defect: please report it with the output under {TRACEBACK}=1"
-    print(f"  hint: {hint}", file=sys.stderr)
+    complain(f"error: unexpected {type(exc).__name__}: {exc}\n  hint: {hint}")
     return 1

@@ -40,7 +40,10 @@ class Bar(Quiet):
             self._bar = tqdm(
                 total=progress.total_bytes, unit="B", unit_scale=True, ncols=80, disable=None
             )
-        self._bar.update(progress.done_bytes - self._bar.n)
+        try:
+            self._bar.update(progress.done_bytes - self._bar.n)
+        except OSError:  # the terminal is gone; that is no reason to end the run
+            self._bar.disable = True
 
     def __exit__(self, *exc: object) -> None:
         if self._bar is not None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from merge_kit.cli.options import Planning
 from merge_kit.cli.planning import output_of, print_summary
 from merge_kit.cli.progress import Bar, Lines, Quiet
 from merge_kit.cli.signals import Stop
+from merge_kit.cli.streams import complain
 from merge_kit.cli.text import print_json_line
 from merge_kit.core.sizes import format_size
 from merge_kit.errors import InterruptedRun
@@ -112,4 +112,4 @@ def _warn(what: str, counts: Mapping[str, int]) -> None:
     if counts:
         total, first = sum(counts.values()), next(iter(counts))
         place = f"{plural(len(counts), 'tensor')}, the first is {first}"
-        print(f"warning: {total:,} {what} in {place}", file=sys.stderr)
+        complain(f"warning: {total:,} {what} in {place}")

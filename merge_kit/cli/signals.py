@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from types import FrameType
 from typing import Any, Self
 
@@ -40,4 +40,5 @@ class Stop(AbstractContextManager["Stop"]):
             os._exit(128 + number)
         self.signal = number
         self.event.set()
-        os.write(2, _ASKED)  # print may be at work in the frame that this interrupts
+        with suppress(OSError):
+            os.write(2, _ASKED)  # print may be at work in the frame that this interrupts

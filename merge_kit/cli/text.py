@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -52,9 +53,19 @@ def columns(lines: Sequence[Sequence[str]]) -> str:
 
 def print_json(value: Mapping[str, Any] | Sequence[Any]) -> None:
     """Print a value as indented JSON, the same text for the same value."""
-    print(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))
+    print(_json(value, indent=2))
 
 
 def print_json_line(value: Mapping[str, Any]) -> None:
     """Print a value as one line of JSON that a reader sees at once."""
-    print(json.dumps(value, ensure_ascii=False, allow_nan=False), flush=True)
+    print(_json(value), flush=True)
+
+
+def _json(value: object, indent: int | None = None) -> str:
+    """Return JSON; escaped where standard output cannot take every character of it."""
+    text = json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False)
+    try:
+        text.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
+    except UnicodeEncodeError:
+        return json.dumps(value, indent=indent, ensure_ascii=True, allow_nan=False)
+    return text

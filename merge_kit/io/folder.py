@@ -13,6 +13,7 @@ from merge_kit.errors import CheckpointError
 from merge_kit.io.strict_json import is_printable, shown
 
 MAX_DEPTH = 3
+RESERVED = ("README.md", "merge_kit.json")
 _TRAINING = re.compile(r"checkpoint-\d+")
 
 
@@ -97,6 +98,8 @@ def _unusable(entry: os.DirEntry[str], relative: str, inside: _Inside) -> str:
         return inside.refused(entry.path)
     if not entry.is_dir():
         return "" if entry.is_file() else "neither a file nor a folder"
+    if relative in RESERVED:
+        return "a folder with the name of a file that every output has"
     if _TRAINING.fullmatch(entry.name):
         return "a checkpoint of a training run, not a part of this model"
     if relative.count("/") >= MAX_DEPTH:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from merge_kit.errors import CheckpointError
 
-_MAX_CONFIG_BYTES = 32 << 20
+_MAX_CONFIG_BYTES = 8 << 20
 
 
 def read_bytes(path: Path, max_bytes: int) -> bytes:

@@ -29,6 +29,7 @@ def _failed(path: Path, exc: OSError) -> OutputError:
     hint = {
         errno.ENOSPC: "free some space and run again: it goes on where it stopped",
         errno.EDQUOT: "free some space and run again: it goes on where it stopped",
+        errno.EMFILE: "raise the limit of open files (ulimit -n), or set a larger shard_size",
         errno.EFBIG: "the file system or a limit forbids files of this size; set shard_size",
     }.get(exc.errno or 0, "check the disk and run again: it goes on where it stopped")
     return OutputError(f"cannot write: {exc.strerror}", where=path.name, hint=hint)

@@ -6,11 +6,14 @@ from collections.abc import Mapping, Sequence
 
 from merge_kit.architecture.vocab import is_tokenizer_file, same_vocabulary
 from merge_kit.errors import CheckpointError, MismatchError
+from merge_kit.io.small_files import read_bytes
 from merge_kit.plan.findings import Findings
 from merge_kit.plan.inputs import Inputs
 from merge_kit.plan.models import Model, Part
 from merge_kit.plan.values import SideFile
 from merge_kit.recipe.values import ModelRef, Stage
+
+_MAX_TOKENIZER_BYTES = 256 << 20
 
 
 def side_files(
@@ -65,7 +68,9 @@ def _check_vocabularies(
     own = _texts(lender)
     for model in models:
         other = _texts(model)
-        same = same_vocabulary(own, other) if model is not lender and own and other else True
+        same: bool | None = True
+        if model is not lender and own and other:
+            same = _same(own, other, f"{lender.label} or {model.label}")
         if same:
             continue
         differ = "differ" if same is False else "may differ"
@@ -86,14 +91,17 @@ def _check_vocabularies(
             )
 
 
+def _same(own: Mapping[str, bytes], other: Mapping[str, bytes], whose: str) -> bool | None:
+    try:
+        return same_vocabulary(own, other)
+    except CheckpointError as error:
+        where = f"{error.where} of {whose}"
+        raise CheckpointError(error.problem, where=where, hint=error.hint) from error
+
+
 def _texts(model: Model) -> Mapping[str, bytes]:
     checkpoint = model.checkpoint
     if checkpoint is None or checkpoint.is_file:
         return {}
     names = [n for n in checkpoint.side_files if "/" not in n and is_tokenizer_file(n)]
-    try:
-        return {name: (checkpoint.root / name).read_bytes() for name in names}
-    except OSError as exc:
-        raise CheckpointError(
-            f"cannot read: {exc.strerror}", where=f"{model.label}/{exc.filename}"
-        ) from exc
+    return {name: read_bytes(checkpoint.root / name, _MAX_TOKENIZER_BYTES) for name in names}

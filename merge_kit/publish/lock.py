@@ -29,8 +29,13 @@ class Lock:
     def __enter__(self) -> Self:
         with writing(self._path):
             self._descriptor = self._acquire()
-            os.ftruncate(self._descriptor, 0)
-            os.pwrite(self._descriptor, f"{os.getpid()}\n".encode(), 0)
+            try:
+                os.ftruncate(self._descriptor, 0)
+                os.pwrite(self._descriptor, f"{os.getpid()}\n".encode(), 0)
+            except OSError:
+                self._path.unlink(missing_ok=True)
+                os.close(self._descriptor)
+                raise
         return self
 
     def __exit__(
