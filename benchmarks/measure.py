@@ -36,15 +36,16 @@ class Finished:
 def finish(command: Sequence[str | Path], env: Mapping[str, str] | None = None) -> Finished:
     """Run a command to its end and return what it took.
 
+    Settings of OpenBLAS are not passed on: some machines carry old ones, which slow numpy.
+
     Raises:
         SystemExit: If it fails, with the end of what it wrote to stderr.
     """
     arguments = [str(word) for word in command]
+    kept = {key: value for key, value in os.environ.items() if not key.startswith("OPENBLAS_")}
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as errors:
         start = time.perf_counter()
-        child = subprocess.Popen(
-            arguments, stdout=out, stderr=errors, env={**os.environ, **(env or {})}
-        )
+        child = subprocess.Popen(arguments, stdout=out, stderr=errors, env={**kept, **(env or {})})
         _, status, usage = os.wait4(child.pid, 0)
         seconds = time.perf_counter() - start
         child.returncode = os.waitstatus_to_exitcode(status)
