@@ -10,31 +10,58 @@ from merge_kit.plan.models import Model
 from merge_kit.plan.steps import Made
 from merge_kit.plan.values import Fate
 
+Stages = Sequence[tuple[Assembly, Sequence[Made], Model]]
+"""Of each stage, in order: how it is assembled, what it makes, and its result as a model."""
 
-def fates(models: Sequence[Model], stages: Sequence[tuple[Assembly, Sequence[Made]]]) -> list[Fate]:
+
+class _Uses:
+    """What the tensors of the output are made of, through the stages that feed one another."""
+
+    def __init__(self, stages: Stages) -> None:
+        self._made = {(model, one.item.name): one for _, made, model in stages for one in made}
+        self._seen: set[tuple[int, bool]] = set()
+        self.merged: set[tuple[Model, str]] = set()
+        self.copied: set[tuple[Model, str]] = set()
+        self.passed_over: set[tuple[Model, str]] = set()
+        for one in stages[-1][1]:
+            self._follow(one, merged=False)
+
+    def _follow(self, one: Made, *, merged: bool) -> None:
+        merged = merged or one.fate == "merged"
+        if (id(one), merged) in self._seen:
+            return
+        self._seen.add((id(one), merged))
+        for part in one.item.parts:
+            tensor = part.model, part.name
+            if part not in one.takes:
+                self.passed_over.add(tensor)
+            elif tensor in self._made:
+                self._follow(self._made[tensor], merged=merged)
+            else:
+                (self.merged if merged else self.copied).add(tensor)
+
+
+def fates(models: Sequence[Model], stages: Stages) -> list[Fate]:
     """Return one fate for each tensor of each input, in file order."""
-    used: dict[tuple[str, str], str] = {}
-    for _, made in stages:
-        for one in made:
-            for part in one.item.parts:
-                if used.get((part.model.key, part.name)) != "merged":
-                    used[part.model.key, part.name] = one.fate
-    rows = []
+    uses, rows = _Uses(stages), []
     for model in models:
         for name in model.tensors:
-            what = used.get((model.key, name))
-            if what == "merged":
+            tensor = model, name
+            if tensor in uses.merged:
                 rows.append(Fate(model.key, name, "merged"))
-            elif what == "copied":
+            elif tensor in uses.copied:
                 rows.append(Fate(model.key, name, "copied"))
+            elif tensor in uses.passed_over:
+                why = f"on_conflict: {stages[-1][0].stage.on_conflict}"
+                rows.append(Fate(model.key, name, "dropped", why))
             else:
                 rows.append(Fate(model.key, name, "dropped", _why(name, stages)))
     return rows
 
 
-def _why(name: str, stages: Sequence[tuple[Assembly, Sequence[Made]]]) -> str:
+def _why(name: str, stages: Stages) -> str:
     """Return why no output tensor takes this one."""
-    for assembly, _ in stages:
+    for assembly, _, _ in stages:
         for rule in assembly.stage.tensors:
             if glob_matches(rule.match, name):
                 return f"rule {rule.match!r}"
@@ -45,6 +72,6 @@ def _why(name: str, stages: Sequence[tuple[Assembly, Sequence[Made]]]) -> str:
         return "no rule matches, and the base has no such tensor"
     if assembly.stage.modules:
         return f"of no named module, or outside its slices: taken from {assembly.donor.label}"
-    if any(a.stage.slices for a, _ in stages):
+    if any(a.stage.slices for a, _, _ in stages):
         return "in no slice"
     return "the model only lends its files"

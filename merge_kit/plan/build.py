@@ -60,8 +60,9 @@ class _Planner:
         parts = result_parts(assembly, made)
         key = stage.name or "output"
         model = Model(key, key, parts, {m.item.name: m.held for m in made})
-        self.inputs.donors[key] = assembly.donor
-        self.inputs.add_stage(model)
+        if stage.name is not None:  # the output feeds no other stage
+            self.inputs.donors[key] = assembly.donor
+            self.inputs.add_stage(model)
         return _Planned(assembly, made, model)
 
     def _refuse_quantised(self, assembly: Assembly, made: Sequence[Made]) -> None:
@@ -128,7 +129,7 @@ def _finish(
     for one in planned:
         _note_added_base(findings, one)
     findings.raise_any()
-    rows = fates(inputs.models, [(p.assembly, p.made) for p in planned])
+    rows = fates(inputs.models, [(p.assembly, p.made, p.model) for p in planned])
     spilled = [with_spills(step) for step in steps]
     blocks = [slab_blocks] if slab_blocks is not None else None
     sized, peak = cost.fit(spilled, workers, len(rows) + len(steps), memory_bytes, blocks)

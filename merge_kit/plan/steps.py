@@ -26,12 +26,17 @@ FLOAT64_MODELS = 4
 
 @dataclass(frozen=True, slots=True)
 class Made:
-    """A tensor of a stage's result, and the step that makes it (None if it is passed through)."""
+    """A tensor of a stage's result, and the step that makes it.
+
+    Attributes:
+        takes: The parts of the item that it is made of; of integers that may differ, only one.
+    """
 
     item: Item
     held: Held
     step: Step
-    fate: str
+    fate: Literal["merged", "copied"]
+    takes: tuple[Part, ...]
 
 
 class StepMaker:
@@ -96,7 +101,7 @@ class StepMaker:
         )
         between: Literal["F32", "F64"] = "F64" if "F64" in (out, *kinds) else "F32"
         merged = Merged(step, self.stage.out_dtype or self.stage.dtype or between, shape)
-        return Made(item, Held(item.component, spec, merged), step, "merged")
+        return Made(item, Held(item.component, spec, merged), step, "merged", item.parts)
 
     def _copied(self, item: Item, part: Part) -> Made:
         """Return a copy whatever dtype the stage names; what is still in float32 takes it."""
@@ -113,7 +118,7 @@ class StepMaker:
         spec = replace(held.spec, name=_file_name(item), dtype=named)
         step = _through(self._copy_step(item, part, spec), source, self.seed)
         merged = Merged(step, named, spec.shape)
-        return Made(item, Held(item.component, spec, merged), step, "merged")
+        return Made(item, Held(item.component, spec, merged), step, "merged", (part,))
 
     def _agreeing(self, item: Item, dtypes: list[str]) -> Made:
         """Return a copy of an integer tensor that must be equal in all models."""
@@ -136,7 +141,7 @@ class StepMaker:
         )
         if not isinstance(source, Stored):
             step = _through(step, source, self.seed)
-        return Made(item, Held(item.component, spec, source), step, "copied")
+        return Made(item, Held(item.component, spec, source), step, "copied", (part, *others))
 
     def _copy_step(self, item: Item, part: Part, spec: TensorSpec) -> Step:
         return Step(
