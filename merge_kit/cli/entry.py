@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import click
 
@@ -29,7 +31,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _main(arguments)
     code = _main(sys.argv[1:])
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # all is done, and what ends the process is quick
+    if "torch" in sys.modules:
+        _leave(code)
     return code
+
+
+def _leave(code: int) -> NoReturn:
+    """End the process without taking torch apart module by module, which takes a third of a second.
+
+    Every file is closed and every thread has ended by now.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # closed, or never there
+            stream.flush()
+    os._exit(code)
 
 
 def _main(words: Sequence[str]) -> int:

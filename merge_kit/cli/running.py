@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import importlib
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -52,11 +54,22 @@ def run_recipe(recipe: Path, output: Path | None, choices: Choices, planning: Pl
     _warn("values beyond the output dtype", merge.report.saturated)
 
 
+def _load_engine() -> None:
+    """Load torch without collecting garbage between its modules, none of which is any."""
+    gc.disable()
+    try:
+        importlib.import_module("merge_kit.engine.run")
+        gc.freeze()
+    finally:
+        gc.enable()
+
+
 def _merge(recipe: Path, place: Path, choices: Choices, planning: Planning) -> api.Merge:
     def show(plan: Plan) -> None:
         if not choices.speaks_json:
             print_summary(plan, place)
             print(flush=True)
+        _load_engine()
 
     progress = Lines() if choices.json_progress else Quiet() if choices.as_json else Bar()
     with Stop() as stop, progress:
