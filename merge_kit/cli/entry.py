@@ -21,6 +21,18 @@ from merge_kit.errors import MergeKitError, OutputError
 TRACEBACK = "MERGE_KIT_TRACEBACK"
 
 
+def program() -> NoReturn:
+    """Be the program `mergekit`: run the words of the process, and end it."""
+    code = main()
+    if "torch" not in sys.modules:
+        sys.exit(code)
+    # Taking torch apart module by module takes a third of a second, and all files are closed.
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # closed, or never there
+            stream.flush()
+    os._exit(code)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code.
 
@@ -31,20 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _main(arguments)
     code = _main(sys.argv[1:])
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # all is done, and what ends the process is quick
-    if "torch" in sys.modules:
-        _leave(code)
     return code
-
-
-def _leave(code: int) -> NoReturn:
-    """End the process without taking torch apart module by module, which takes a third of a second.
-
-    Every file is closed and every thread has ended by now.
-    """
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError, AttributeError):  # closed, or never there
-            stream.flush()
-    os._exit(code)
 
 
 def _main(words: Sequence[str]) -> int:

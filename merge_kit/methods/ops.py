@@ -10,7 +10,7 @@ from math import atan2, sqrt
 from typing import TYPE_CHECKING
 
 from merge_kit.errors import ParameterError
-from merge_kit.methods.lazy import np, torch
+from merge_kit.methods.lazy import torch
 from merge_kit.methods.reductions import TINY_SQUARE
 
 if TYPE_CHECKING:
@@ -63,8 +63,17 @@ def _length(square: float) -> float:
 
 
 def _row_dots(left: Tensor, right: Tensor) -> list[float]:
-    """Return the dot product of each row; einsum goes row by row, whatever their number."""
-    found: list[float] = np.einsum("ij,ij->i", left.numpy(), right.numpy()).tolist()
+    """Return the dot product of each row, by folding the rows in halves.
+
+    Sums of libraries go another way for one row than for several, and at another address.
+    """
+    products = left * right
+    width = products.shape[1]
+    while width > 1:
+        half = width // 2
+        products[:, :half].add_(products[:, width - half : width])
+        width -= half
+    found: list[float] = products[:, 0].tolist()
     return found
 
 

@@ -38,7 +38,7 @@ class Slerp(MergeMethod):
     1e-150), and parallel or opposite tensors (sin(theta) <= 1e-6), interpolate linearly; opposite
     ones pass through zero at t = 0.5. t outside [0, 1] extrapolates along the arc. 0-d tensors are
     vectors of length 1.
-    mergekit already switches to linear interpolation at |cos(theta)| > 0.9995.
+    arcee-ai's mergekit already switches to linear interpolation at |cos(theta)| > 0.9995.
 
     More than two models: a sequence of stages, the k-th with t = w_k / (w_1 + ... + w_k); the
     result depends on the order.

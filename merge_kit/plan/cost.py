@@ -10,12 +10,10 @@ from merge_kit.core.dtypes import DTYPES
 from merge_kit.core.sizes import format_size
 from merge_kit.core.tensors import BLOCK, nbytes, numel
 from merge_kit.errors import MergeKitError, PlanError
+from merge_kit.plan.process import process_bytes
 from merge_kit.plan.sources import Concat, Generated, Merged, Rows, Source, View, elements
 from merge_kit.plan.values import Bill, Step
 from merge_kit.plan.walk import merged_sources, operands, parts, stored
-
-PROCESS_BYTES = 250_000_000
-"""Resident memory of Python with torch before anything is merged, with some room."""
 
 CACHE_BYTES = 4_000_000
 """Floats of a slab that a worker works on best."""
@@ -119,7 +117,7 @@ def peak_bytes(steps: Sequence[Step], workers: int, tensors: int) -> int:
     """Return the resident memory of the whole process."""
     light = max((s.peak_bytes for s in steps if not is_whole(s)), default=0)
     heavy = max((s.peak_bytes for s in steps if is_whole(s)), default=0)
-    return PROCESS_BYTES + workers * light + heavy + _TENSOR_BYTES * tensors
+    return process_bytes() + workers * light + heavy + _TENSOR_BYTES * tensors
 
 
 def fit(
@@ -152,7 +150,7 @@ def _too_large(steps: Sequence[Step], peak: int, budget: int, workers: int) -> M
     worst = max(steps, key=lambda step: step.peak_bytes)
     return PlanError(
         f"the budget is {format_size(budget)}, and the run needs {format_size(peak)}: "
-        f"{format_size(PROCESS_BYTES)} for Python and torch, {format_size(worst.peak_bytes)} "
+        f"{format_size(process_bytes())} for Python and torch, {format_size(worst.peak_bytes)} "
         f"a worker for {worst.outputs[0].key}",
         where="--memory",
         hint=f"raise --memory{', or lower --threads' if workers > 1 else ''}",

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from merge_kit.errors import MergeKitError, MismatchError, PlanError, Problems
-from merge_kit.plan.cost import PROCESS_BYTES
+from merge_kit.plan.process import process_bytes
 from tests.toys import config, family, layers, merge, outside, plan, toy, value, write
 
 
@@ -402,8 +402,8 @@ def test_the_budget_shrinks_slabs_and_refuses_what_cannot_fit(tmp_path):
         write(tmp_path / name, {"w": torch.zeros(2**20)}, None)
     text = recipe("linear", "a", "b")
     free = plan(text, tmp_path)
-    tight = plan(text, tmp_path, memory_bytes=PROCESS_BYTES + 3_000_000)
-    assert tight.bill.peak_bytes <= PROCESS_BYTES + 3_000_000 < free.bill.peak_bytes
+    tight = plan(text, tmp_path, memory_bytes=process_bytes() + 3_000_000)
+    assert tight.bill.peak_bytes <= process_bytes() + 3_000_000 < free.bill.peak_bytes
     assert tight.steps[0].slab_elements < free.steps[0].slab_elements
     with pytest.raises(PlanError, match="the budget is 1 MB"):
         plan(text, tmp_path, memory_bytes=1_000_000)
