@@ -34,7 +34,8 @@ def merged(method, models, base, folder, **options):
     has_base = method.needs_base or method.takes_base
     ground = stored(folder, "base", base) if has_base else None
     wide = "F64" if len(models) + has_base > 4 else None
-    one = step(method, sources, base=ground, compute=wide)
+    dtype = "F64" if models[0].dtype == torch.float64 else "F32"
+    one = step(method, sources, base=ground, dtype=dtype, compute=wide)
     return run([one], folder / "out", **options)["x"]
 
 
@@ -69,6 +70,19 @@ def test_slab_size_and_threads_change_no_bit(tmp_path, name, more):
             merged(method, models, base, tmp_path / f"{count}-{b}-{w}", blocks=b, workers=w)
             for b, w in itertools.product((1, 3), (1, 2))
         ]
+        assert all(torch.equal(results[0], other) for other in results[1:])
+
+
+@pytest.mark.parametrize(("name", "more"), VARIANTS)
+def test_slab_size_changes_no_bit_of_float64(tmp_path, name, more):
+    """Rows of odd length lie at other addresses in slabs of another size, alone or with others."""
+    for count in counts(name)[:2]:
+        base, *models = (tensor.double() for tensor in numbers(count + 1, 5, 40_001))
+        method = make(name, count, [0.5 + i / count for i in range(count)], **more)
+        results = [
+            merged(method, models, base, tmp_path / f"{count}-{b}", blocks=b) for b in (1, 2, 4)
+        ]
+        assert results[0].dtype == torch.float64
         assert all(torch.equal(results[0], other) for other in results[1:])
 
 

@@ -92,15 +92,6 @@ def wide_blocks(rows: Rows) -> Iterator[list[Tensor]]:
         yield [buffer[:count].copy_(row[start : start + count]) for buffer, row in pairs]
 
 
-def _copied(block: Tensor) -> Tensor:
-    """Return a block in float64 at an address of its own.
-
-    Libraries sum in another order where rows begin elsewhere in a cache line, and in slabs of
-    another size they do.
-    """
-    return block.to(torch.float64, copy=True)
-
-
 class _Sums(Accumulator):
     """Sums of floats, block by block."""
 

@@ -147,7 +147,7 @@ class Assembler:
     def item(self, group: Group, name: str, parts: tuple[Part, ...], t: float) -> Item:
         """Return an item that merges parts."""
         component = parts[0].model.tensors[parts[0].name].component if parts else ""
-        heads = [part.model.label for part in parts if part.substitute]
+        heads = [part.model.label for part in parts if part.stands_for]
         note = f"the tied head of {', '.join(heads)} is its embedding" if heads else ""
         return Item(
             name, component, parts, group.levels, t, group.method, group.mark, "merge", note
@@ -169,8 +169,9 @@ class Assembler:
                 self._missing[model.label, holder.label].append(name)
                 continue
             added = group.adds_base and entry is group.entries[-1]
-            is_base, stands_in = group.is_base(entry), stand_in is not None
-            parts.append(Part(entry, model, stand_in or name, is_base, stands_in, added))
+            stands_for = "" if stand_in is None else name
+            is_base = group.is_base(entry)
+            parts.append(Part(entry, model, stand_in or name, is_base, stands_for, added))
         return tuple(parts)
 
     def _same_depth(self, group: Group, lead: Model, keep: Names) -> bool:

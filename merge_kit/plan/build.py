@@ -168,7 +168,7 @@ def _notes(planner: _Planner, donor: Model, last: _Planned) -> None:
         if why not in OF_COURSE:
             findings.note(f"{donor.label}: {name} is left out: {why}")
     for made in last.made:
-        if any(part.substitute for part in made.item.parts):
+        if any(part.stands_for for part in made.item.parts):
             findings.note(f"{made.item.name}: {made.item.note}")
 
 

@@ -70,4 +70,4 @@ def _untied(donor: Model, made: Sequence[Made]) -> bool:
     if is_tied(donor.config or {}) is False:
         return False
     heads = [part for one in made if is_head(one.item.name) for part in one.item.parts]
-    return any(part.substitute or is_tied(part.model.config) is False for part in heads)
+    return any(part.stands_for != "" or is_tied(part.model.config) is False for part in heads)

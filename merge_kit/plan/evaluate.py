@@ -57,7 +57,7 @@ class Evaluator:
         values = []
         for part in inputs:
             levels = (part.entry.parameters, *item.levels)
-            found = lookup(wanted.name, levels, part.name, item.t)
+            found = lookup(wanted.name, levels, part.stands_for or part.name, item.t)
             if found is not None:
                 marks[wanted.name] = found[1]
                 values.append(coerce(found[0], wanted.kind, found[1]))

@@ -17,7 +17,8 @@ class Part:
     Attributes:
         name: The tensor's full name in that model.
         is_base: Whether it is the base model's.
-        substitute: Whether it stands in for a tied head that the model does not store.
+        stands_for: Name of the tied head that it stands in for, "" where it is none: the model
+            does not store the head, and filters look at the head's name.
         added: Whether the base is here although the recipe does not list it.
     """
 
@@ -25,7 +26,7 @@ class Part:
     model: Model
     name: str
     is_base: bool
-    substitute: bool = False
+    stands_for: str = ""
     added: bool = False
 
 

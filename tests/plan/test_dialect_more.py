@@ -148,6 +148,23 @@ def test_a_stack_ends_with_the_head_of_its_last_model(tmp_path, first, last, bas
     assert is_noted == (head == 3.0)
 
 
+def test_filters_see_the_head_that_an_embedding_stands_for(tmp_path):
+    head_model(tmp_path / "tied", 3.0, tied=True)
+    head_model(tmp_path / "untied", 1.0, tied=False)
+    recipe = """
+merge_method: linear
+parameters: {normalize: false}
+models:
+  - model: tied
+    parameters:
+      weight: [{filter: lm_head, value: 5}, {filter: embed, value: 7}, {value: 1}]
+  - {model: untied, parameters: {weight: 1}}
+"""
+    result = merge(recipe, tmp_path)
+    assert value(result["lm_head.weight"]) == 5 * 3 + 1.5
+    assert value(result["model.embed_tokens.weight"]) == 7 * 3 + 1
+
+
 # Rules are exceptions from whatever else the recipe says.
 
 
