@@ -1,28 +1,20 @@
-"""Inputs, options and surroundings that mean harm: a result or an error in words, no wreck."""
+"""Models, options and names that mean harm: a result or an error in words, no wreck."""
 
 from __future__ import annotations
 
-import errno
 import json
 import math
 import os
-import resource
-import shutil
-import signal
-import subprocess
-import sys
 import threading
 import time
-from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from bench_of_faults import RECIPE, ROOT, WEIGHTS, Bench
+from bench_of_faults import RECIPE, WEIGHTS, Bench
 from safetensors.torch import save_file
 
 from merge_kit import api
-from merge_kit.cli import main
 from merge_kit.errors import CheckpointError, InterruptedRun, NonFiniteError
 from merge_kit.io.component import read_weights
 from merge_kit.io.reader import Reader
@@ -278,155 +270,6 @@ def test_a_record_that_is_not_there_is_named(bench):
     bench.do("verify", "nowhere/out").refuses(3, "nowhere/out: there is no merge_kit.json")
 
 
-# surroundings ------------------------------------------------------------------------------------
-
-
-def closed(*descriptors):
-    def before():
-        for descriptor in descriptors:
-            os.close(descriptor)
-
-    return before
-
-
-@pytest.mark.parametrize("descriptors", [(2,), (0, 1, 2)])
-def test_a_run_without_standard_streams_ends_well(bench, descriptors):
-    words = ("run", "recipe.yaml", "-o", "out")
-    done = bench.child(*words, before=closed(*descriptors))
-    assert (done.code, done.err) == (0, "")
-    assert bench.left() == {"out"}
-    assert bench.do("verify", "out").code == 0
-
-
-def test_where_nobody_can_read_the_message_the_code_remains(bench):
-    with Path("/dev/full").open("w") as full:
-        process = bench.start("run", "nowhere.yaml", stderr=full)
-        process.communicate(timeout=60)
-    assert process.returncode == 2
-
-
-def test_a_file_of_the_run_never_gets_the_number_of_a_closed_stream():
-    code = "from merge_kit.cli.streams import prepare_streams as p; p()\nimport sys\n"
-    code += "sys.exit(open(sys.executable, 'rb').fileno())"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    words = [sys.executable, "-c", code]
-    done = subprocess.run(words, env=environment, preexec_fn=closed(0, 1, 2), check=False)
-    assert done.returncode >= 3
-
-
-def test_characters_that_an_output_lacks_are_escaped(bench):
-    (bench / "b").rename(bench / "bé")
-    bench.recipe(RECIPE.replace("model: b", "model: bé"))
-    ascii_only = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii"}
-    done = bench.child("plan", "recipe.yaml", env=ascii_only)
-    assert (done.code, "input-2: b\\xe9" in done.out) == (0, True), done.err
-    done = bench.child("plan", "recipe.yaml", "--json", env=ascii_only)
-    assert [model["name"] for model in json.loads(done.out)["inputs"]] == ["a", "bé"]
-
-
-def test_a_deleted_working_directory_is_said_to_be_deleted(bench, monkeypatch):
-    (bench / "gone").mkdir()
-    monkeypatch.chdir(bench / "gone")
-    (bench / "gone").rmdir()
-    bench.do("run", "../recipe.yaml").refuses(4, "the working directory cannot be found")
-
-
-def test_a_signal_after_the_work_is_done_does_not_end_in_a_traceback(bench, monkeypatch):
-    before = signal.getsignal(signal.SIGINT)
-    monkeypatch.setattr(sys, "argv", ["mergekit", "plan", "recipe.yaml"])
-    try:
-        assert main() == 0
-        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-@pytest.mark.parametrize("most", [0, 100, 1300])
-def test_a_limit_of_file_sizes_leaves_nothing(bench, most):
-    words = ("run", "recipe.yaml", "-o", "out")
-    limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (most, most))
-    bench.child(*words, before=limit).refuses(4, "cannot write: File too large")
-    assert bench.left() == (set() if most < 1000 else {"out.partial"})  # the weights did fit
-
-
-FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
-def failing(times):
-    """Return a function of the system that fails from its n-th call on, and counts the calls."""
-
-    def make(real):
-        def function(*args):
-            function.calls += 1
-            if function.calls > times:
-                raise FULL
-            return real(*args)
-
-        function.calls = 0
-        return function
-
-    return make
-
-
-@pytest.mark.parametrize("name", ["posix_fallocate", "pwrite", "mkdir", "rename", "ftruncate"])
-def test_a_disk_that_fills_up_leaves_nothing_that_looks_like_an_output(bench, monkeypatch, name):
-    real = getattr(os, name)
-    for times in range(40):
-        with monkeypatch.context() as patch:
-            full = failing(times)(real)
-            patch.setattr(os, name, full)
-            done = bench.run("--threads", "1")
-        if done.code == 0:
-            assert bench.left() == {"out"}
-            if full.calls <= times:
-                return
-            shutil.rmtree(bench / "out")
-        else:
-            done.refuses(4, "No space left on device")
-            assert bench.left() <= {"out.partial", "out.partial.state"}
-    pytest.fail(f"{name} is called more than 40 times")
-
-
-@pytest.mark.parametrize("limit", [20, 64])
-def test_a_few_open_files_are_enough(bench, limit):
-    limits = partial(resource.setrlimit, resource.RLIMIT_NOFILE, (limit, limit))
-    done = bench.child("run", "recipe.yaml", "-o", "out", "--shard-size", "100", before=limits)
-    assert done.code == 0, done.err
-
-
-def test_too_few_open_files_are_an_error_in_words(bench):
-    limits = partial(resource.setrlimit, resource.RLIMIT_NOFILE, (12, 12))
-    words = ("run", "recipe.yaml", "-o", "out", "--shard-size", "1", "--threads", "1")
-    bench.child(*words, before=limits).refuses(4, "Too many open files", "ulimit -n")
-    assert bench.left() <= {"out.partial"}
-
-
-# threads -----------------------------------------------------------------------------------------
-
-
-def start_at_most(monkeypatch, count):
-    """Let the system start so many threads, and no more."""
-    start, started = threading.Thread.start, []
-
-    def limited(thread):
-        if len(started) >= count:
-            raise RuntimeError("can't start new thread")
-        started.append(thread)
-        start(thread)
-
-    monkeypatch.setattr(threading.Thread, "start", limited)
-
-
-def test_a_run_makes_do_with_fewer_threads_than_asked_for(bench, monkeypatch):
-    start_at_most(monkeypatch, 1)
-    assert set(bench.merged("--threads", "4")["model.norm.weight"].tolist()) == {2.0}
-
-
-def test_a_system_that_starts_no_thread_is_an_error_in_words(bench, monkeypatch):
-    start_at_most(monkeypatch, 0)
-    bench.refused(4, "starts no more threads", "ulimit -u")
-
-
 # inputs that change ------------------------------------------------------------------------------
 
 
@@ -440,6 +283,37 @@ def test_nobody_gets_to_read_a_file_that_has_changed(bench):
                 reader.descriptor(file)
 
 
+def stop_at(name):
+    """Return what stops a run when it has done a tensor, as arguments."""
+    stop = threading.Event()
+
+    def after(progress):
+        if progress.tensor == name:
+            stop.set()
+
+    return {"on_progress": after, "stop": stop, "threads": 1}
+
+
+def test_a_run_does_not_go_on_with_another_model_of_the_same_size_and_time(bench):
+    for name, value in (("a", 1.0), ("b", 3.0), ("c", 101.0)):
+        (bench / name).mkdir(exist_ok=True)
+        save_file({f"t{i}": torch.full((3,), value) for i in range(9)}, bench / name / WEIGHTS)
+        os.utime(bench / name / WEIGHTS, (0, 0))  # as archives and images unpack them
+    with pytest.raises(InterruptedRun):
+        api.merge("recipe.yaml", "out", **stop_at("t4"))
+    (bench / "a").rename(bench / "old")
+    (bench / "c").rename(bench / "a")
+    merged = bench.merged()
+    assert {float(tensor[0]) for tensor in merged.values()} == {52.0}
+
+
+def test_a_name_of_unfinished_work_is_no_name_of_an_output(bench):
+    for name in ("out.partial", "x/out.partial/", "out.partial.lock"):
+        done = bench.do("run", "recipe.yaml", "-o", name, "--overwrite")
+        done.refuses(2, "has the name of an unfinished output")
+    assert bench.left() == set()
+
+
 # NaN and a run that was stopped ------------------------------------------------------------------
 
 
@@ -450,21 +324,8 @@ def stopped(bench) -> Bench:
         tensors = {f"t{i:02}": torch.ones(3) for i in range(40)}
         tensors["t00"][1] = float("nan")
         save_file(tensors, bench / name / WEIGHTS)
-    stop = threading.Event()
-
-    def after_three(progress):
-        if progress.tensor == "t02":
-            stop.set()
-
     with pytest.raises(InterruptedRun):
-        api.merge(
-            "recipe.yaml",
-            "out",
-            allow_nonfinite=True,
-            threads=1,
-            on_progress=after_three,
-            stop=stop,
-        )
+        api.merge("recipe.yaml", "out", allow_nonfinite=True, **stop_at("t02"))
     assert (bench / "out.partial").exists()
     return bench
 

@@ -94,7 +94,14 @@ def read_weights(files: list[tuple[str, Path]]) -> dict[WeightFile, tuple[Stored
         try:
             # Status first: a file that changes later has another one, and the reader notices.
             status = path.stat()
-            file = WeightFile(name, path, status.st_size, status.st_mtime_ns)
+            file = WeightFile(
+                name,
+                path,
+                status.st_size,
+                status.st_mtime_ns,
+                inode=status.st_ino,
+                ctime_ns=status.st_ctime_ns,
+            )
             read[file] = read_header(path).tensors
         except CheckpointError as exc:
             errors.append(exc)

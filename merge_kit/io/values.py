@@ -17,12 +17,16 @@ class WeightFile:
         name: Relative to the checkpoint's root, with forward slashes.
         nbytes: Its size.
         mtime_ns: Its modification time; a file that changes later stops the run.
+        inode: Its number on its disk; another file of the same size and time has another.
+        ctime_ns: When its content or status changed last, which no program can set.
     """
 
     name: str
     path: Path
     nbytes: int
     mtime_ns: int
+    inode: int = 0
+    ctime_ns: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -62,16 +62,14 @@ def fates(models: Sequence[Model], stages: Stages) -> list[Fate]:
 def _why(name: str, stages: Stages) -> str:
     """Return why no output tensor takes this one."""
     for assembly, _, _ in stages:
-        for rule in assembly.stage.tensors:
-            if glob_matches(rule.match, name):
-                return f"rule {rule.match!r}"
+        rule = next((r for r in assembly.stage.tensors if glob_matches(r.match, name)), None)
+        if rule is not None and (rule.drop or rule.copy is not None or rule.models is not None):
+            return f"rule {rule.match!r}"
     assembly = stages[-1][0]
-    if assembly.stage.tensors:
-        if name in assembly.donor.tensors:
-            return f"no rule matches: taken from {assembly.donor.label}"
-        return "no rule matches, and the base has no such tensor"
-    if assembly.stage.modules:
-        return f"of no named module, or outside its slices: taken from {assembly.donor.label}"
+    if assembly.stage.tensors or assembly.stage.modules:
+        what = "no rule takes it" if assembly.stage.tensors else "of no named module or slice"
+        found = "taken from" if name in assembly.donor.tensors else "no such tensor in"
+        return f"{what}: {found} {assembly.donor.label}"
     if any(a.stage.slices for a, _, _ in stages):
         return "in no slice"
     return "the model only lends its files"

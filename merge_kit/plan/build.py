@@ -14,6 +14,7 @@ from merge_kit.architecture.quantised import quantisation_problem
 from merge_kit.core.dtypes import is_float
 from merge_kit.errors import MergeKitError, MismatchError
 from merge_kit.io.side_files import OF_COURSE
+from merge_kit.io.values import WeightFile
 from merge_kit.plan import cost
 from merge_kit.plan.accounts import fates
 from merge_kit.plan.assemble import Assembly
@@ -199,6 +200,11 @@ def package_version(name: str) -> str:
         return ""
 
 
+def _identity_of(file: WeightFile) -> tuple[str, int, int, int, int]:
+    """Return what tells a file from another one of its name: archives give all one time."""
+    return file.name, file.nbytes, file.mtime_ns, file.inode, file.ctime_ns
+
+
 def _identity(recipe: Recipe, inputs: Sequence[Any], steps: Sequence[Step]) -> str:
     """Return a hash of everything that decides the output's bytes."""
     content = {
@@ -206,7 +212,7 @@ def _identity(recipe: Recipe, inputs: Sequence[Any], steps: Sequence[Step]) -> s
         "recipe": recipe.text,
         "seed": recipe.seed,
         "shard_size": recipe.shard_size_bytes,
-        "inputs": [[(f.name, f.nbytes, f.mtime_ns) for f in i.files] for i in inputs],
+        "inputs": [[_identity_of(file) for file in model.files] for model in inputs],
         "targets": [(t.key, t.spec.dtype, t.shard, t.offset) for s in steps for t in s.outputs],
     }
     return hashlib.blake2b(json.dumps(content).encode(), digest_size=16).hexdigest()

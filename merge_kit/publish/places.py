@@ -31,6 +31,17 @@ def real_place(output: Path) -> Path:
     return real
 
 
+def refuse_reserved(place: Path, where: str) -> None:
+    """Refuse a name that the work of another output has: it would be taken for that, and deleted.
+
+    Raises:
+        OutputExistsError: If the name is one of those.
+    """
+    if place.name.endswith((".partial", ".partial.lock", ".partial.state", ".partial.replaced")):
+        problem = "has the name of an unfinished output"
+        raise OutputExistsError(problem, where=where, hint="choose a name without .partial")
+
+
 def refuse_inputs(place: Path, inputs: Sequence[Path], where: str) -> None:
     """Refuse a place that is an input, lies inside one, or holds one or what one links to.
 

@@ -28,6 +28,7 @@ from merge_kit.publish.places import (
     real_place,
     refuse_existing,
     refuse_inputs,
+    refuse_reserved,
     remove_empty,
 )
 from merge_kit.publish.swap import put_in_place, remove, sync, sync_tree
@@ -65,6 +66,7 @@ class Staging:
         self._inputs, self._identity = tuple(inputs), identity
         with writing(output):
             self._place = real_place(output)
+        refuse_reserved(self._place, self._where)
         name = f"{self._place.name}.partial"
         self.folder = self._place.with_name(name)
         self._lock = self._place.with_name(f"{name}.lock")
