@@ -15,10 +15,11 @@ from merge_kit.plan.sources import Concat, Generated, Merged, Rows, Source, View
 from merge_kit.plan.values import Bill, Step
 from merge_kit.plan.walk import merged_sources, operands, parts, stored
 
-CACHE_BYTES = 4_000_000
-"""Floats of a slab that a worker works on best."""
+CACHE_BYTES = 7_000_000
+"""Floats of a slab that a worker works on best: larger ones leave the cache, smaller ones wait for
+one another more often."""
 
-MOST_BLOCKS = 4
+MOST_BLOCKS = 8
 MOST_WORKERS = 1024
 _TENSOR_BYTES = 4_000  # of the plan and the journal, for each tensor of an input or output
 
