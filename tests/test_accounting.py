@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from copy import deepcopy
 
 import pytest
@@ -73,6 +74,48 @@ def test_a_tensor_is_said_to_be_dropped_if_and_only_if_no_output_byte_depends_on
     untouched = merged_with(())
     for tensor, what in fate.items():
         assert (merged_with({tensor}) == untouched) is (what == "dropped"), tensor
+
+
+# stages that feed one another --------------------------------------------------------------------
+
+
+def document(name, *models):
+    listed = "".join(f"- {{model: {model}, parameters: {{weight: 1}}}}\n" for model in models)
+    return f"name: {name}\nmerge_method: linear\nmodels:\n{listed}---\n"
+
+
+def chain(count, *feeds):
+    """Return the mean of the mean ... of a and b: stage i has b and the stages i - feeds."""
+    text = document("s0", "a", "b")
+    for i in range(1, count):
+        text += document(f"s{i}", *dict.fromkeys(f"s{max(i - back, 0)}" for back in feeds), "b")
+    return text
+
+
+def test_a_hundred_stages_are_planned_soon_and_their_bill_is_a_sum(bench):
+    begun = time.monotonic()
+    plan = toys.plan(chain(100, 1), bench.folder, threads=1)
+    assert time.monotonic() - begun < 10
+    (short,) = {step.peak_bytes for step in toys.plan(chain(1, 1), bench.folder).steps}
+    assert {step.peak_bytes for step in plan.steps} == {100 * short}
+
+
+def test_the_stages_of_a_chain_are_merged_in_order(bench):
+    merged = toys.merge(chain(3, 1), bench.folder)
+    assert toys.outside(merged) == [2.75] * 3  # 2, then 2.5, then 2.75
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        (chain(101, 1), "101 stages feed one another up to this one, at most 100"),
+        (chain(1000, 1), "101 stages feed one another up to this one, at most 100"),
+        (chain(60, 1, 2), "merges for each tensor, at most 1,000 are allowed"),
+    ],
+)
+def test_stages_that_would_take_for_ever_are_refused(bench, text, problem):
+    bench.recipe(text)
+    bench.refused(2, "recipe.yaml:", problem)
 
 
 # recipes that were changed at random -------------------------------------------------------------

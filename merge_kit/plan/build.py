@@ -18,6 +18,7 @@ from merge_kit.io.values import WeightFile
 from merge_kit.plan import cost
 from merge_kit.plan.accounts import fates
 from merge_kit.plan.assemble import Assembly
+from merge_kit.plan.chains import Chains
 from merge_kit.plan.configs import result_parts
 from merge_kit.plan.findings import Findings
 from merge_kit.plan.inputs import Inputs
@@ -43,6 +44,7 @@ class _Planner:
     recipe: Recipe
     inputs: Inputs
     findings: Findings = field(default_factory=Findings)
+    chains: Chains = field(default_factory=Chains)
 
     def stage(self, number: int, stage: Stage) -> _Planned:
         """Plan one stage and make its result known to later ones."""
@@ -60,6 +62,7 @@ class _Planner:
         self.findings.raise_any()
         parts = result_parts(assembly, made)
         key = stage.name or "output"
+        self.chains.add(key, stage, made)
         model = Model(key, key, parts, {m.item.name: m.held for m in made})
         if stage.name is not None:  # the output feeds no other stage
             self.inputs.donors[key] = assembly.donor

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import zip_longest
 
 from merge_kit.core.dtypes import DTYPES
 from merge_kit.core.sizes import format_size
@@ -13,7 +14,7 @@ from merge_kit.errors import MergeKitError, PlanError
 from merge_kit.plan.process import process_bytes
 from merge_kit.plan.sources import Concat, Generated, Merged, Rows, Source, View, elements
 from merge_kit.plan.values import Bill, Step
-from merge_kit.plan.walk import merged_sources, operands, parts, stored
+from merge_kit.plan.walk import feeding, merged_sources, operands, parts, stored
 
 CACHE_BYTES = 7_000_000
 """Floats of a slab that a worker works on best: larger ones leave the cache, smaller ones wait for
@@ -50,6 +51,22 @@ def slab_elements(step: Step, blocks: int | None) -> int:
 
 def slab_bytes(step: Step, slab: int) -> int:
     """Return the memory of one worker for slabs of so many elements, feeding steps included."""
+    return sum(_levels(step, slab, {}))
+
+
+def _levels(step: Step, slab: int, known: dict[int, list[int]]) -> list[int]:
+    """Return that memory by depth: steps that feed one step share the buffers of the next depth."""
+    if id(step) not in known:
+        below = [_levels(source.step, slab, known) for source in feeding(step)]
+        known[id(step)] = [
+            _own_bytes(step, slab),
+            *(max(level) for level in zip_longest(*below, fillvalue=0)),
+        ]
+    return known[id(step)]
+
+
+def _own_bytes(step: Step, slab: int) -> int:
+    """Return the memory of one worker for slabs of one step alone."""
     if step.method is None:
         return 4 * 8 * BLOCK
     grain, shape = step.method.residency(), _shape(step)
@@ -63,8 +80,7 @@ def slab_bytes(step: Step, slab: int) -> int:
     statistics = 8 * 3 * BLOCK * (len(step.inputs) + 1) if step.method.scans() else 0
     own = count * float_bytes(step) + raw + out + statistics
     own += step.method.scratch_bytes(len(step.inputs), count)
-    inner = [slab_bytes(m.step, slab) for m in merged_sources(step)]
-    return own + sum(inner) + _special(step)
+    return own + _special(step)
 
 
 def stored_or(step: Step) -> Sequence[Source]:
@@ -96,22 +112,29 @@ def is_whole(step: Step) -> bool:
     return step.method is not None and step.method.residency() == "tensor"
 
 
-def sized(step: Step, blocks: int | None) -> Step:
-    """Return a step with its slab size and peak memory, and so the steps that feed it."""
+def sized(step: Step, blocks: int | None, known: dict[int, Merged] | None = None) -> Step:
+    """Return a step with its slab size and peak memory, and so the steps that feed it.
+
+    Args:
+        known: Feeding steps that are done, by the id of the one before; what is shared stays so.
+    """
+    known = {} if known is None else known
     step = replace(
         step,
-        base=None if step.base is None else _sized_source(step.base, blocks),
-        inputs=tuple(_sized_source(s, blocks) for s in step.inputs),
-        aux=tuple((name, _sized_source(s, blocks)) for name, s in step.aux),
+        base=None if step.base is None else _sized_source(step.base, blocks, known),
+        inputs=tuple(_sized_source(s, blocks, known) for s in step.inputs),
+        aux=tuple((name, _sized_source(s, blocks, known)) for name, s in step.aux),
     )
     slab = slab_elements(step, blocks)
     return replace(step, slab_elements=slab, peak_bytes=slab_bytes(step, slab))
 
 
-def _sized_source(source: Source, blocks: int | None) -> Source:
-    if isinstance(source, Merged):
-        return replace(source, step=sized(source.step, blocks))
-    return source
+def _sized_source(source: Source, blocks: int | None, known: dict[int, Merged]) -> Source:
+    if not isinstance(source, Merged):
+        return source
+    if id(source) not in known:
+        known[id(source)] = replace(source, step=sized(source.step, blocks, known))
+    return known[id(source)]
 
 
 def peak_bytes(steps: Sequence[Step], workers: int, tensors: int) -> int:

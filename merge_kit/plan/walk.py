@@ -48,6 +48,17 @@ def _inner(source: Source) -> Iterator[Merged]:
         yield source
 
 
+def feeding(step: Step) -> Iterator[Merged]:
+    """Yield the steps that feed a step directly, once for each place where they do."""
+    pending = operands(step)
+    while pending:
+        source = pending.pop()
+        if isinstance(source, Merged):
+            yield source
+        else:
+            pending.extend(parts(source))
+
+
 def merged_sources(step: Step) -> list[Merged]:
     """Return every feeding step below a step, each once, after those that feed it in turn."""
     found: dict[int, Merged] = {}
