@@ -132,6 +132,12 @@ def test_what_is_no_file_is_refused_unopened(bench, name, fault):
     bench.refused(3, f"a/{name}: is ", "expected a file inside the model's folder")
 
 
+def test_a_file_beside_the_weights_that_cannot_be_read_is_refused_by_the_plan(bench, monkeypatch):
+    (bench / "a/notes.txt").write_text("mine")
+    monkeypatch.setattr(os, "access", lambda path, mode: not str(path).endswith("notes.txt"))
+    bench.do("plan", "recipe.yaml").refuses(3, "a/notes.txt: cannot be read", "permissions")
+
+
 STRANGE = [b"new\nline.json", b"not-utf8-\xff.json", b"folder-\xff/x.json", b"\x1b[31m.txt"]
 PLAIN = {"a/b/c/d/e/f.txt", "README.md/x", "merge_kit.json/x", ".merge_kit/journal.jsonl", ".git/x"}
 
@@ -228,6 +234,14 @@ def test_only_what_may_be_an_id_of_the_hub_is_offered_as_one(bench):
     bench.refused(3, "hf download org/name --local-dir DIR")
     bench.recipe(RECIPE.replace("model: b", "model: $(reboot)"))
     assert "hf download" not in bench.refused(3, "'$(reboot)'").err
+
+
+def test_a_hint_does_not_list_thousands_of_names(bench):
+    for name in "ab":
+        save_file({f"t{i}": torch.ones(1) for i in range(3000)}, bench / name / WEIGHTS)
+    bench.recipe("base_model: a\ntensors: [{match: nowhere*, copy: b}]\n")
+    done = bench.refused(2, "no tensor is left for 'nowhere*'", " and 2,960 more")
+    assert len(done.err) < 1000
 
 
 # options -----------------------------------------------------------------------------------------

@@ -72,6 +72,15 @@ def test_characters_that_an_output_lacks_are_escaped(bench):
     assert [model["name"] for model in json.loads(done.out)["inputs"]] == ["a", "bé"]
 
 
+def test_a_recipe_may_come_from_a_pipe(bench):
+    with bench.start("run", "/dev/stdin", "-o", "out", stdin=subprocess.PIPE) as process:
+        _, err = process.communicate(RECIPE)
+    assert (process.returncode, err) == (0, "")
+    with bench.start("run", "/dev/stdin", stdin=subprocess.PIPE) as process:
+        _, err = process.communicate(RECIPE)
+    assert (process.returncode, "with -o" in err) == (2, True)
+
+
 def test_a_deleted_working_directory_is_said_to_be_deleted(bench, monkeypatch):
     (bench / "gone").mkdir()
     monkeypatch.chdir(bench / "gone")

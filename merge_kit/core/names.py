@@ -8,14 +8,19 @@ from difflib import get_close_matches
 from fnmatch import translate
 from functools import lru_cache
 
+_MOST = 40
+_MOST_LETTERS = 200
+
 
 def nearest(name: str, valid: Iterable[str]) -> str:
-    """Return a hint such as `did you mean 'weight'?`, or the list of valid names."""
+    """Return a hint such as `did you mean 'weight'?`, or the valid names, of many the first."""
     names = sorted(valid)
     close = get_close_matches(name, names, n=1, cutoff=0.6)
     if close:
         return f"did you mean {close[0]!r}?"
-    return "valid: " + ", ".join(names) if names else ""
+    listed = [name[:_MOST_LETTERS] for name in names[:_MOST]]
+    more = f" and {len(names) - _MOST:,} more" if len(names) > _MOST else ""
+    return "valid: " + ", ".join(listed) + more if names else ""
 
 
 @lru_cache(maxsize=4096)

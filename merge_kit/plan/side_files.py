@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from merge_kit.architecture.vocab import is_tokenizer_file, same_vocabulary
 from merge_kit.errors import CheckpointError, MismatchError
@@ -33,8 +35,15 @@ def side_files(
             tokenizer = is_tokenizer_file(name)
             if name not in taken and (tokenizer if wanted else not tokenizer or lender is donor):
                 taken.add(name)
-                files.append(SideFile(name, checkpoint.root / name, None))
+                files.append(_copied(checkpoint.root / name, name, findings))
     return sorted(files, key=lambda file: file.name)
+
+
+def _copied(path: Path, name: str, findings: Findings) -> SideFile:
+    if not os.access(path, os.R_OK):
+        hint = "check its permissions, or move it away"
+        findings.problem(CheckpointError("cannot be read", where=str(path), hint=hint))
+    return SideFile(name, path, None)
 
 
 def lends_files(donor: Model, inputs: Inputs) -> Model:
