@@ -32,17 +32,6 @@ _EMBEDDINGS = (
 _SHARED = "shared.weight"
 
 
-def head_names(names: Iterable[str]) -> tuple[str, ...]:
-    """Return the tensors that are output heads and may be tied, in natural order.
-
-    Besides heads proper these are the embeddings of an encoder and a decoder (`encoder.
-    embed_tokens.weight`), if there is a `shared.weight` that they may repeat.
-    """
-    known = set(names)
-    found = [name for name in known if _is_proper(name) or _shared_for(name) in known]
-    return tuple(sorted(found, key=natural_key))
-
-
 def head_name(names: Iterable[str]) -> str | None:
     """Return the output head of a model, the one nearest to the root, or None if it has none."""
     heads = [name for name in names if _is_proper(name)]
