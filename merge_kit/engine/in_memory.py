@@ -17,10 +17,18 @@ from torch import Tensor
 from merge_kit.core.dtypes import DTYPES
 from merge_kit.core.tensors import TensorSpec
 from merge_kit.engine.diagnose import not_finite
-from merge_kit.engine.kernel import Kernel
+from merge_kit.engine.kernel import Kernel, NotFinite
 from merge_kit.engine.pool import Pool, Task
 from merge_kit.engine.rounding import nonfinite, round_into
-from merge_kit.engine.statistics import InOrder, Passes, chunks, gather, ranges, slabs
+from merge_kit.engine.statistics import (
+    Gathered,
+    InOrder,
+    Passes,
+    chunks,
+    gather,
+    ranges,
+    slabs,
+)
 from merge_kit.engine.threads import one_torch_thread
 from merge_kit.engine.workspace import Workspace
 from merge_kit.errors import CheckpointError, MismatchError, UsageError
@@ -28,10 +36,10 @@ from merge_kit.io.reader import Reader
 from merge_kit.io.torch_dtypes import torch_dtype
 from merge_kit.io.values import WeightFile
 from merge_kit.io.writer import Writer
-from merge_kit.methods.base import Scan
 from merge_kit.methods.reductions import CHUNK
 from merge_kit.plan.sources import Memory, Source, Stored
 from merge_kit.plan.values import Shard, Step, Target
+from merge_kit.plan.whole_model import Group, group_of, groups, model_scans
 
 _NAMES: dict[torch.dtype, str] = {
     getattr(torch, dtype.torch_name): dtype.name
@@ -39,6 +47,8 @@ _NAMES: dict[torch.dtype, str] = {
     if dtype.bits >= 8 and hasattr(torch, dtype.torch_name)
 }
 Results = Mapping[str, Any]
+Shared = Mapping[Group, Results]
+Parts = list[tuple[Step, tuple[int, int]]]
 
 
 def in_memory(name: str, value: object) -> tuple[TensorSpec, Memory]:
@@ -149,12 +159,13 @@ def merge_each(
         CheckpointError: If a file cannot be read or has changed.
     """
     with Reader(files) as reader, one_torch_thread():
-        groups = _whole_model(reader, steps, workers)
+        shared = _whole_model(reader, steps, workers, lax=allow_nonfinite)
 
         def task(index: int) -> Task:
             def run(work: Workspace) -> Sequence[Task]:
-                kernel, step = Kernel(reader), steps[index]
-                kernel.scans[id(step)] = _scanned(kernel, step, groups.get(step.group, {}), work)
+                kernel, step = Kernel(reader, allow_nonfinite=allow_nonfinite), steps[index]
+                known = shared.get(group_of(step), {})
+                kernel.scans[id(step)] = _scanned(kernel, step, known, work)
                 emit(index, _merged(kernel, step, work, allow_nonfinite=allow_nonfinite))
                 return ()
 
@@ -191,35 +202,29 @@ def _scanned(kernel: Kernel, step: Step, known: Results, work: Workspace) -> Res
     passes = Passes([s for s in step.method.scans() if s.scope == "tensor"], known)
     while passes.due():
         fold = InOrder()
-        for i, span in enumerate(chunks(step)):
-            fold.put(i, gather(kernel, step, passes, span, work))
+        for i, span in enumerate(chunks(step, passes)):
+            fold.put(i, _gather(kernel, step, passes, span, work))
         passes.finish(fold.total)
     return passes.results
 
 
-def _whole_model(reader: Reader, steps: Sequence[Step], workers: int) -> dict[int, Results]:
+def _whole_model(reader: Reader, steps: Sequence[Step], workers: int, *, lax: bool) -> Shared:
     """Return the statistics of scope "model" by group of steps."""
-    groups: dict[int, list[Step]] = {}
-    for step in steps:
-        if _of_model(step):
-            groups.setdefault(step.group, []).append(step)
-    return {group: _gathered(reader, members, workers) for group, members in groups.items()}
+    found = groups(steps)
+    return {g: _gathered(reader, members, workers, lax=lax) for g, members in found.items()}
 
 
-def _of_model(step: Step) -> list[Scan]:
-    return [s for s in step.method.scans() if s.scope == "model"] if step.method else []
-
-
-def _gathered(reader: Reader, steps: Sequence[Step], workers: int) -> Results:
-    passes = Passes(_of_model(steps[0]), {})
-    parts = [(step, span) for step in steps for span in chunks(step)]
+def _gathered(reader: Reader, steps: Sequence[Step], workers: int, *, lax: bool) -> Results:
+    passes = Passes(model_scans(steps[0]), {})
     while passes.due():
+        parts = [(step, span) for step in steps for span in chunks(step, passes)]
         fold = InOrder()
 
-        def task(index: int, fold: InOrder = fold) -> Task:
+        def task(index: int, parts: Parts = parts, fold: InOrder = fold) -> Task:
             def run(work: Workspace) -> Sequence[Task]:
                 step, span = parts[index]
-                fold.put(index, gather(Kernel(reader), step, passes, span, work))
+                kernel = Kernel(reader, allow_nonfinite=lax)
+                fold.put(index, _gather(kernel, step, passes, span, work))
                 return ()
 
             return run
@@ -227,6 +232,15 @@ def _gathered(reader: Reader, steps: Sequence[Step], workers: int) -> Results:
         _run([task(i) for i in range(len(parts))], workers)
         passes.finish(fold.total)
     return passes.results
+
+
+def _gather(
+    kernel: Kernel, step: Step, passes: Passes, span: tuple[int, int], work: Workspace
+) -> Gathered:
+    try:
+        return gather(kernel, step, passes, span, work)
+    except NotFinite:
+        raise not_finite(kernel, step, work) from None
 
 
 def _merged(kernel: Kernel, step: Step, work: Workspace, *, allow_nonfinite: bool) -> Tensor:

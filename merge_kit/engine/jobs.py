@@ -12,10 +12,10 @@ from merge_kit.core.hashing import digests, tensor_hash
 from merge_kit.core.tensors import BLOCK, nbytes
 from merge_kit.engine.diagnose import not_finite
 from merge_kit.engine.journal import FOLDER, Finished
-from merge_kit.engine.kernel import Kernel
+from merge_kit.engine.kernel import Kernel, NotFinite
 from merge_kit.engine.pool import Task
 from merge_kit.engine.rounding import round_into
-from merge_kit.engine.state import NotFinite, RunState
+from merge_kit.engine.state import RunState
 from merge_kit.engine.statistics import InOrder, Passes, chunks, gather, ranges, slabs
 from merge_kit.engine.workspace import Workspace
 from merge_kit.io.torch_dtypes import torch_dtype
@@ -23,11 +23,12 @@ from merge_kit.methods.reductions import CHUNK
 from merge_kit.plan.sources import Merged, Stored
 from merge_kit.plan.values import Step
 from merge_kit.plan.walk import merged_sources
+from merge_kit.plan.whole_model import Group, group_of
 
 Span = tuple[int, int]
 Part = Callable[[int, Span, Workspace], None]
 Phase = tuple[Sequence[Span], Part]
-Shared = Mapping[int, Mapping[str, Any]]
+Shared = Mapping[Group, Mapping[str, Any]]
 """Results of statistics over the whole model: group of steps -> name -> result."""
 
 
@@ -36,7 +37,7 @@ class Job(ABC):
 
     def __init__(self, run: RunState, step: Step, name: str) -> None:
         self.run, self.step = run, step
-        self.kernel = Kernel(run.reader)
+        self.kernel = Kernel(run.reader, allow_nonfinite=run.allow_nonfinite)
         self._scratch = run.folder / FOLDER / f"scratch-{name}"
         self._phases = self.phases()
         self._left = 0
@@ -90,11 +91,11 @@ class Job(ABC):
     def statistics(self, step: Step, shared: Shared) -> Iterator[Phase]:
         """Yield the passes of a step's scans over its own tensor."""
         assert step.method is not None  # copies have none
-        known = shared.get(step.group, {})
+        known = shared.get(group_of(step), {})
         passes = Passes([s for s in step.method.scans() if s.scope == "tensor"], known)
         while passes.due():
             fold = InOrder()
-            yield chunks(step), self.gathering(step, passes, fold, 0)
+            yield chunks(step, passes), self.gathering(step, passes, fold, 0)
             passes.finish(fold.total)
         self.kernel.scans[id(step)] = passes.results
 
@@ -131,16 +132,24 @@ class ScanJob(Job):
     """One pass of a whole-model statistic over one step."""
 
     def __init__(
-        self, run: RunState, step: Step, name: str, passes: Passes, fold: InOrder, first: int
+        self,
+        run: RunState,
+        step: Step,
+        name: str,
+        shared: Shared,
+        passes: Passes,
+        fold: InOrder,
+        first: int,
     ) -> None:
+        self._shared = shared
         self._passes, self._fold, self._first = passes, fold, first
         super().__init__(run, step, name)
 
     def phases(self) -> Iterator[Phase]:
         """Yield what the step needs, then its chunks."""
-        yield from self.prepare({})
+        yield from self.prepare(self._shared)
         part = self.gathering(self.step, self._passes, self._fold, self._first)
-        yield chunks(self.step), part
+        yield chunks(self.step, self._passes), part
         self.clear()
 
 

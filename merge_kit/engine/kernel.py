@@ -11,7 +11,7 @@ from torch import Tensor
 
 from merge_kit.core.tensors import BLOCK
 from merge_kit.engine.operands import Operands
-from merge_kit.engine.rounding import round_into
+from merge_kit.engine.rounding import nonfinite, round_into
 from merge_kit.engine.workspace import Workspace
 from merge_kit.io.reader import Reader
 from merge_kit.io.torch_dtypes import torch_dtype
@@ -22,16 +22,22 @@ from merge_kit.plan.values import Step
 NO_SCANS: Scans = MappingProxyType({})
 
 
+class NotFinite(Exception):  # noqa: N818  (becomes a NonFiniteError once it is located)
+    """Operands or a merged slab hold NaN or infinity."""
+
+
 class Kernel:
     """Loads and merges slabs of one step and of the steps that feed it.
 
     Attributes:
         operands: Where they are read from.
         scans: Results of the scans of each step, by id of the step.
+        allow_nonfinite: Whether NaN and infinity in what is scanned pass.
     """
 
-    def __init__(self, reader: Reader) -> None:
+    def __init__(self, reader: Reader, *, allow_nonfinite: bool = False) -> None:
         self.operands = Operands(reader, self.compute)
+        self.allow_nonfinite = allow_nonfinite
         self.scans: dict[int, Mapping[str, Any]] = {}
 
     def load(self, step: Step, start: int, stop: int, work: Workspace) -> Slab:
@@ -58,13 +64,26 @@ class Kernel:
             tensors=tensors,
             base=base,
             weights=step.weights,
-            name=spec.name,
+            name=step.outputs[0].key,
             shape=spec.shape if len(step.outputs) == 1 else step.inputs[0].shape,
             models=step.models,
             offset=start,
             seed=step.seed,
             aux=aux,
         )
+
+    def check_finite(self, slab: Slab) -> None:
+        """Check operands before a statistic counts them: NaN would take a place among the largest.
+
+        Raises:
+            NotFinite: If one holds NaN or infinity, and that is not allowed.
+        """
+        if self.allow_nonfinite:
+            return
+        for row in slab.tensors:
+            total = float(row.sum())
+            if total - total != 0 and nonfinite(row):  # perhaps only the sum is not finite
+                raise NotFinite
 
     def merge(self, step: Step, slab: Slab) -> Sequence[Tensor]:
         """Return the merged slab, flat, one tensor an output of the step."""

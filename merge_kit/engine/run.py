@@ -15,7 +15,7 @@ from typing import Any
 
 from merge_kit.core.hashing import tensor_hash
 from merge_kit.engine.agreement import check_agreement
-from merge_kit.engine.jobs import CopyJob, Job, MergeJob, ScanJob
+from merge_kit.engine.jobs import CopyJob, Job, MergeJob, ScanJob, Shared
 from merge_kit.engine.journal import Journal
 from merge_kit.engine.pool import Pool, Task
 from merge_kit.engine.progress import Progress
@@ -28,8 +28,7 @@ from merge_kit.errors import InterruptedRun
 from merge_kit.io.reader import Reader
 from merge_kit.io.writer import Writer
 from merge_kit.plan.values import Plan, Step
-
-Shared = dict[int, Mapping[str, Any]]
+from merge_kit.plan.whole_model import Group, groups, model_scans
 
 
 def run_plan(
@@ -162,24 +161,22 @@ def _resume(run: RunState) -> set[int]:
 
 def _whole_model(run: RunState, stop: threading.Event) -> Shared:
     """Return the statistics of scope "model" by group of steps, finished steps included."""
-    groups: dict[int, list[Step]] = {}
-    for step in run.plan.steps:
-        scans = step.method.scans() if step.method is not None else ()
-        if any(scan.scope == "model" for scan in scans):
-            groups.setdefault(step.group, []).append(step)
-    return {group: _gather_group(run, members, stop) for group, members in groups.items()}
+    shared: dict[Group, Mapping[str, Any]] = {}
+    for group, members in groups(run.plan.whole_model).items():  # earlier stages first
+        shared[group] = _gather_group(run, members, shared, stop)
+    return shared
 
 
-def _gather_group(run: RunState, steps: list[Step], stop: threading.Event) -> Mapping[str, Any]:
-    method = steps[0].method
-    assert method is not None
-    passes = Passes([s for s in method.scans() if s.scope == "model"], {})
+def _gather_group(
+    run: RunState, steps: list[Step], shared: Shared, stop: threading.Event
+) -> Mapping[str, Any]:
+    passes = Passes(model_scans(steps[0]), {})
     while passes.due() and not stop.is_set():
         fold, first, tasks = InOrder(), 0, []
         for i, step in enumerate(steps):
-            job = partial(ScanJob, run, step, f"scan-{i}", passes, fold, first)
+            job = partial(ScanJob, run, step, f"scan-{i}", shared, passes, fold, first)
             tasks.append(_starting(job))
-            first += len(chunks(step))
+            first += len(chunks(step, passes))
         Pool(run.plan.bill.workers, stop).run(tasks)
         if not stop.is_set():
             passes.finish(fold.total)

@@ -13,6 +13,7 @@ from torch import Tensor
 from merge_kit.core.hashing import digests
 from merge_kit.core.tensors import BLOCK, nbytes
 from merge_kit.engine.journal import Journal
+from merge_kit.engine.kernel import NotFinite
 from merge_kit.engine.progress import Progress
 from merge_kit.engine.rounding import nonfinite, round_into
 from merge_kit.engine.workspace import Workspace
@@ -20,10 +21,6 @@ from merge_kit.io.reader import Reader
 from merge_kit.io.torch_dtypes import torch_dtype
 from merge_kit.io.writer import Writer
 from merge_kit.plan.values import Plan, Target
-
-
-class NotFinite(Exception):  # noqa: N818  (becomes a NonFiniteError once it is located)
-    """A merged slab holds NaN or infinity."""
 
 
 @dataclass

@@ -10,10 +10,13 @@ from merge_kit.core.tensors import BLOCK, numel
 from merge_kit.engine.kernel import Kernel
 from merge_kit.engine.workspace import Workspace
 from merge_kit.methods.base import Grain, Scan
-from merge_kit.methods.reductions import CHUNK, Accumulator, Done
+from merge_kit.methods.reductions import CHUNK, Accumulator, Done, Place
 from merge_kit.plan.values import Step
 
 Gathered = dict[str, Accumulator]
+
+SAMPLE = 8192
+"""Elements of one run of a sample."""
 
 
 def ranges(step: Step, size: int) -> list[tuple[int, int]]:
@@ -79,8 +82,14 @@ class Passes:
         self._left = list(scans)
 
     def due(self) -> list[Scan]:
-        """Return the scans of the next pass; none when all are done."""
-        return [s for s in self._left if all(name in self.results for name in s.uses)]
+        """Return the scans of the next pass; none when all are done. Samples go first."""
+        ready = [s for s in self._left if all(name in self.results for name in s.uses)]
+        return [s for s in ready if s.reduction.samples(self.carry(s))] or ready
+
+    @property
+    def sampling(self) -> bool:
+        """Whether the next pass looks at samples only."""
+        return any(s.reduction.samples(self.carry(s)) for s in self.due())
 
     def carry(self, scan: Scan) -> Any:
         """Return what this pass of a scan starts from."""
@@ -100,15 +109,46 @@ class Passes:
 def gather(
     kernel: Kernel, step: Step, passes: Passes, span: tuple[int, int], work: Workspace
 ) -> Gathered:
-    """Run one pass over one chunk of a step and return what each due scan gathered."""
-    due = passes.due()
+    """Run one pass over one chunk of a step and return what each due scan gathered.
+
+    Raises:
+        NotFinite: If an operand holds NaN or infinity, unless the kernel lets them pass.
+    """
+    due, sampling = passes.due(), passes.sampling
     gathered = {s.name: s.reduction.accumulator(passes.carry(s)) for s in due}
-    for start, stop in slabs(step, span, scanning=True):
+    name, elements = step.outputs[0].key, step_elements(step)
+    spans = samples(step, span) if sampling else [span]
+    for start, stop in (slab for one in spans for slab in slabs(step, one, scanning=True)):
         slab = kernel.load(step, start, stop, work)
+        if not sampling:
+            kernel.check_finite(slab)
         for scan in due:
             values = slab.tensors if scan.of is None else scan.of(slab, passes.results)
-            gathered[scan.name].add(values)
+            gathered[scan.name].add(values, Place(name, start, elements))
     return gathered
+
+
+def samples(step: Step, span: tuple[int, int]) -> list[tuple[int, int]]:
+    """Return runs that stand for all elements of a span: all of it if it is small.
+
+    They are the same for every slab size, spread evenly, at changing places of their stretch so
+    that they meet all columns.
+    """
+    start, stop = span
+    total = stop - start
+    assert step.method is not None
+    grain = step.method.residency()
+    if total <= 8 * SAMPLE or grain == "tensor":
+        return [span]
+    unit = row_elements(step) if grain == "row" else 1
+    run = max(1, SAMPLE // unit) * unit
+    count = min(max(32, total // (16 * BLOCK)), 256, total // (2 * run))
+    if count < 8:
+        return [span]
+    stretch = total // count // unit * unit
+    room = (stretch - run) // unit + 1
+    firsts = (start + i * stretch + i * 40_503 % room * unit for i in range(count))
+    return [(first, first + run) for first in firsts]
 
 
 def slabs(step: Step, span: tuple[int, int], *, scanning: bool = False) -> list[tuple[int, int]]:
@@ -128,6 +168,6 @@ def slabs(step: Step, span: tuple[int, int], *, scanning: bool = False) -> list[
     return [(at, min(at + size, stop)) for at in range(start, stop, size)]
 
 
-def chunks(step: Step) -> list[tuple[int, int]]:
+def chunks(step: Step, passes: Passes) -> list[tuple[int, int]]:
     """Return the chunks in which a step is scanned, the same for every slab size."""
-    return ranges(step, CHUNK)
+    return [(0, step_elements(step))] if passes.sampling else ranges(step, CHUNK)

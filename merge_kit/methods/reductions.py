@@ -32,11 +32,26 @@ TINY_SQUARE = 1e-300
 """Squared lengths below it say nothing: float64 has lost the squares of the elements."""
 
 
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a run of elements lies.
+
+    Attributes:
+        tensor: Name of the output tensor.
+        start: Index of the first element in the flattened tensor.
+        elements: Elements of the whole tensor.
+    """
+
+    tensor: str
+    start: int
+    elements: int
+
+
 class Accumulator(ABC):
     """What one chunk has gathered."""
 
     @abstractmethod
-    def add(self, values: Rows) -> None:
+    def add(self, values: Rows, place: Place) -> None:
         """Take in k rows of elements: whole blocks, but for the last of the tensor."""
 
     @abstractmethod
@@ -68,6 +83,16 @@ class Reduction(ABC):
     @abstractmethod
     def finish(self, total: Any, carry: Any) -> Done | Again:
         """Return the result, or what another pass needs."""
+
+    def samples(self, carry: Any) -> bool:
+        """Return whether the pass that starts from this carry looks at a sample only."""
+        del carry
+        return False
+
+    def held_bytes(self, elements: int) -> int:
+        """Return the bytes that accumulators of a tensor hold at most, beyond a few numbers."""
+        del elements
+        return 0
 
 
 A = TypeVar("A", bound=Accumulator)
@@ -112,7 +137,8 @@ class _Sums(Accumulator):
 class _GramSums(_Sums):
     """Dot products of rows i <= j, row by row."""
 
-    def add(self, values: Rows) -> None:
+    def add(self, values: Rows, place: Place) -> None:
+        del place
         for wide in wide_blocks(values):
             self.plus(
                 [float(torch.dot(one, other)) for i, one in enumerate(wide) for other in wide[i:]]
@@ -144,9 +170,9 @@ class _PairSums(_GramSums):
         super().__init__()
         self._lengths = lengths
 
-    def add(self, values: Rows) -> None:
+    def add(self, values: Rows, place: Place) -> None:
         if self._lengths is None:
-            super().add(values)
+            super().add(values, place)
             return
         for one, other in wide_blocks(values):
             both = one.div_(self._lengths[0]).add_(other.div_(self._lengths[1]))
@@ -178,7 +204,8 @@ class Angle(Reduction):
 
 
 class _RowSums(_Sums):
-    def add(self, values: Rows) -> None:
+    def add(self, values: Rows, place: Place) -> None:
+        del place
         for wide in wide_blocks(values):
             self.plus([float(row.sum()) for row in wide])
 

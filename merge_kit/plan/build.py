@@ -29,11 +29,13 @@ from merge_kit.plan.spilling import with_spills
 from merge_kit.plan.stages import assemble
 from merge_kit.plan.steps import Made, StepMaker
 from merge_kit.plan.values import Plan, Step
+from merge_kit.plan.whole_model import differing, model_scans
 from merge_kit.recipe.values import Recipe, Stage
 
 
 @dataclass(frozen=True, slots=True)
 class _Planned:
+    number: int
     assembly: Assembly
     made: list[Made]
     model: Model
@@ -59,6 +61,9 @@ class _Planner:
             except MergeKitError as error:
                 self.findings.problem(error)
         self._refuse_quantised(assembly, made)
+        problem = differing([one.step for one in made])
+        if problem is not None:
+            self.findings.problem(problem)
         self.findings.raise_any()
         parts = result_parts(assembly, made)
         key = stage.name or "output"
@@ -67,7 +72,7 @@ class _Planner:
         if stage.name is not None:  # the output feeds no other stage
             self.inputs.donors[key] = assembly.donor
             self.inputs.add_stage(model)
-        return _Planned(assembly, made, model)
+        return _Planned(number, assembly, made, model)
 
     def _refuse_quantised(self, assembly: Assembly, made: Sequence[Made]) -> None:
         merged = {part.model for m in made if m.fate == "merged" for part in m.item.parts}
@@ -133,10 +138,12 @@ def _finish(
     for one in planned:
         _note_added_base(findings, one)
     findings.raise_any()
+    feeding = [m.step for p in planned[:-1] for m in p.made if model_scans(m.step)]
     rows = fates(inputs.models, [(p.assembly, p.made, p.model) for p in planned])
-    spilled = [with_spills(step) for step in steps]
+    spilled = [with_spills(step) for step in (*steps, *feeding)]
     blocks = [slab_blocks] if slab_blocks is not None else None
-    sized, peak = cost.fit(spilled, workers, len(rows) + len(steps), memory_bytes, blocks)
+    every, peak = cost.fit(spilled, workers, len(rows) + len(steps), memory_bytes, blocks)
+    sized, more = every[: len(steps)], every[len(steps) :]
     values = inputs.as_values(assembly.base)
     config = last.model.config or {}
     stack = last.model.described
@@ -152,10 +159,11 @@ def _finish(
         layers=stack.count if stack is not None else None,
         parameters=sum(t.spec.numel for s in sized for t in s.outputs),
         dtypes=_dtypes(sized),
-        bill=cost.bill(sized, workers, peak),
+        bill=cost.bill(sized, workers, peak, more),
         notes=findings.notes,
         identity=_identity(recipe, values, sized),
         seed=recipe.seed,
+        whole_model=(*more, *(s for s in sized if s.group == last.number and model_scans(s))),
     )
 
 

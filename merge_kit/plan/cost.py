@@ -77,7 +77,9 @@ def _own_bytes(step: Step, slab: int) -> int:
         count = max(count, min(shape[-1] if shape else 1, numel(shape)))
     raw = max((nbytes(s.dtype, count) for s in stored_or(step)), default=0)
     out = sum(min(t.spec.nbytes, nbytes(t.spec.dtype, count)) for t in step.outputs)
-    statistics = 8 * 3 * BLOCK * (len(step.inputs) + 1) if step.method.scans() else 0
+    scans = step.method.scans()
+    statistics = 8 * 3 * BLOCK * (len(step.inputs) + 1) if scans else 0
+    statistics += sum(scan.reduction.held_bytes(max(1, numel(shape))) for scan in scans)
     own = count * float_bytes(step) + raw + out + statistics
     own += step.method.scratch_bytes(len(step.inputs), count)
     return own + _special(step)
@@ -205,11 +207,15 @@ def scratch_bytes(step: Step) -> int:
     return sum(nbytes(m.dtype, elements(m)) for m in spills)
 
 
-def bill(steps: Sequence[Step], workers: int, peak: int) -> Bill:
-    """Return what a run takes."""
-    most = sorted((scratch_bytes(step) for step in steps), reverse=True)
+def bill(steps: Sequence[Step], workers: int, peak: int, scanned: Sequence[Step] = ()) -> Bill:
+    """Return what a run takes.
+
+    Args:
+        scanned: Steps that are only scanned, for statistics over a whole model.
+    """
+    most = sorted((scratch_bytes(step) for step in (*steps, *scanned)), reverse=True)
     return Bill(
-        read_bytes=sum(read_bytes(step) for step in steps),
+        read_bytes=sum(read_bytes(step) for step in (*steps, *scanned)),
         written_bytes=sum(t.spec.nbytes for step in steps for t in step.outputs),
         scratch_bytes=sum(most[: workers + 1]),
         peak_bytes=peak,

@@ -168,7 +168,9 @@ def _through(step: Step, source: Source, seed: int) -> Step:
     """Return a copy of what another stage computes: its own step where that is possible."""
     if isinstance(source, Merged) and not source_parts(source):
         inner = source.step
-        if source.dtype in (step.outputs[0].spec.dtype, inner.compute):  # nothing rounds between
+        same_name = inner.outputs[0].key == step.outputs[0].key  # noise and statistics go by it
+        exact = source.dtype in (step.outputs[0].spec.dtype, inner.compute)  # no rounding between
+        if same_name and exact:
             return replace(inner, outputs=step.outputs, note=step.note or inner.note, seed=seed)
     wide: Literal["F32", "F64"] = "F64" if source.dtype == "F64" else "F32"
     return replace(step, action="merge", method=Passthrough(), compute=wide, weights=(1.0,))

@@ -169,6 +169,8 @@ class Plan:
         notes: What the user should know, one sentence each.
         identity: Hash of everything that decides the output's bytes, for resuming.
         seed: Seed of the run.
+        whole_model: Every step of the stages that need statistics over their whole result,
+            those too that the output does without.
     """
 
     method: str
@@ -186,6 +188,7 @@ class Plan:
     notes: tuple[str, ...]
     identity: str
     seed: int
+    whole_model: tuple[Step, ...] = ()
 
     def counts(self) -> tuple[int, int, int]:
         """Return how many output tensors are merged and copied, and input tensors dropped."""

@@ -16,6 +16,7 @@ from merge_kit.plan import cost
 from merge_kit.plan.sources import Stored
 from merge_kit.plan.spilling import with_spills
 from merge_kit.plan.values import Plan, PlanInput, Shard, Step, Target
+from merge_kit.plan.whole_model import model_scans
 
 NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
 
@@ -65,6 +66,7 @@ def plan(steps, *, blocks=None, workers=2, inputs=()) -> Plan:
     return Plan(
         method="test",
         steps=tuple(placed),
+        whole_model=tuple(s for s in placed if model_scans(s)),
         shards=(shard,),
         side_files=(),
         inputs=tuple(inputs),

@@ -7,7 +7,7 @@ import torch
 
 from merge_kit.core.tensors import BLOCK
 from merge_kit.methods import ops
-from merge_kit.methods.reductions import Angle, Done, Gram, Sum
+from merge_kit.methods.reductions import Angle, Done, Gram, Place, Sum
 
 LENGTHS = (13, 100, 4099, BLOCK)
 
@@ -32,7 +32,7 @@ def test_a_sum_is_the_same_at_every_address(reduction, length):
             carry = None
             while True:
                 total = reduction.accumulator(carry)
-                total.add(at(values, first, skew))
+                total.add(at(values, first, skew), Place("x", 0, length))
                 outcome = reduction.finish(total, carry)
                 if isinstance(outcome, Done):
                     break
