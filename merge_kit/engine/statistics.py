@@ -119,12 +119,18 @@ def gather(
     name, elements = step.outputs[0].key, step_elements(step)
     spans = samples(step, span) if sampling else [span]
     for start, stop in (slab for one in spans for slab in slabs(step, one, scanning=True)):
+        place = Place(name, start, elements)
+        wanting = [s for s in due if gathered[s.name].wants(name, start)]
+        for scan in due if not wanting else ():
+            gathered[scan.name].skip(place)
+        if not wanting:
+            continue
         slab = kernel.load(step, start, stop, work)
         if not sampling:
             kernel.check_finite(slab)
         for scan in due:
             values = slab.tensors if scan.of is None else scan.of(slab, passes.results)
-            gathered[scan.name].add(values, Place(name, start, elements))
+            gathered[scan.name].add(values, place)
     return gathered
 
 

@@ -116,8 +116,8 @@ class MagnitudeAt(Reduction):
         return carry is None
 
     def held_bytes(self, elements: int) -> int:
-        """Return the bytes of candidates (value and index, and a copy while they are sorted)."""
-        return 16 * min(CANDIDATES, elements * len(self.cuts)) + 8_000_000
+        """Return the bytes of candidates (and of a copy while they are sorted)."""
+        return 8 * min(CANDIDATES, elements * len(self.cuts)) + 8_000_000
 
     def finish(self, total: Any, carry: Any) -> Done | Again:
         """Return a `Cut` for each of the cuts, or what the next pass looks for."""
@@ -167,7 +167,11 @@ class Orders(Accumulator):
     def add(self, values: Rows, place: Place) -> None:
         """Take in a run of each row."""
         self.tensors.setdefault(place.tensor, place.elements)
-        due = [(r, p) for r, p in zip(self._rows, self.parts, strict=True) if p.wants(place)]
+        due = [
+            (r, p)
+            for r, p in zip(self._rows, self.parts, strict=True)
+            if p.wants(place.tensor, place.start)
+        ]
         for row in dict.fromkeys(r for r, _ in due):
             magnitudes = self._abs(values[row])
             for other, part in due:
@@ -178,6 +182,14 @@ class Orders(Accumulator):
         if self._magnitudes.numel() < row.numel() or self._magnitudes.dtype != row.dtype:
             self._magnitudes = torch.empty(row.shape, dtype=row.dtype)
         return torch.abs(row, out=self._magnitudes[: row.numel()]).numpy()
+
+    def wants(self, tensor: str, start: int) -> bool:
+        """Return whether any cut needs the run that starts there."""
+        return any(part.wants(tensor, start) for part in self.parts)
+
+    def skip(self, place: Place) -> None:
+        """Note that a run was left out."""
+        self.tensors.setdefault(place.tensor, place.elements)
 
     def absorb(self, later: Self) -> None:
         """Take in what comes after."""

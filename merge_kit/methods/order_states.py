@@ -17,16 +17,21 @@ Count = Callable[[int, int], int]
 """How many are selected of (elements, elements that are not zero)."""
 
 BINS = 65_536
+MOST_COMMON = 4
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """Magnitudes of one tensor: all from `start` on, or those at `start + indices`."""
+    """Magnitudes that were collected of one run of elements.
 
-    tensor: str
-    start: int
+    Attributes:
+        values: Those inside the bracket, but for the common ones.
+        equal: How many equal each of the common ones.
+    """
+
+    place: Place
     values: Any
-    indices: Any = None
+    equal: tuple[int, ...] = ()
 
 
 class State(ABC):
@@ -42,9 +47,9 @@ class Gathering(ABC):
 
     state: State
 
-    def wants(self, place: Place) -> bool:
-        """Return whether the run at this place matters."""
-        del place
+    def wants(self, tensor: str, start: int) -> bool:
+        """Return whether the run that starts there matters."""
+        del tensor, start
         return True
 
     @abstractmethod
@@ -82,8 +87,8 @@ class _Nothing(Gathering):
     def __init__(self, state: State) -> None:
         self.state = state
 
-    def wants(self, place: Place) -> bool:
-        del place
+    def wants(self, tensor: str, start: int) -> bool:
+        del tensor, start
         return False
 
     def add(self, magnitudes: Any, place: Place) -> None:
@@ -110,25 +115,22 @@ class _Sample(Gathering):
     def __init__(self, state: State) -> None:
         self.state = state
         self._runs: list[Run] = []
-        self._sizes: dict[str, int] = {}
 
     def add(self, magnitudes: Any, place: Place) -> None:
-        self._runs.append(Run(place.tensor, place.start, np.fmax(magnitudes, 0)))  # NaN counts as 0
-        self._sizes[place.tensor] = place.elements
+        self._runs.append(Run(place, np.fmax(magnitudes, 0)))  # NaN counts as 0
 
     def absorb(self, later: _Sample) -> None:
         self._runs += later._runs
-        self._sizes |= later._sizes
 
     def next(self, count: Count, cap: int, elements: int) -> State:
         seen: dict[str, int] = {}
         for run in self._runs:
-            seen[run.tensor] = seen.get(run.tensor, 0) + run.values.size
+            seen[run.place.tensor] = seen.get(run.place.tensor, 0) + run.values.size
         if sum(seen.values()) == elements:
             nonzero = sum(int(np.count_nonzero(run.values)) for run in self._runs)
             k = count(elements, nonzero)
-            return resolve(self._runs, k) if k else Resolved(inf)
-        rates = [self._sizes[run.tensor] / seen[run.tensor] for run in self._runs]
+            return resolve(self._runs, (), k) if k else Resolved(inf)
+        rates = [run.place.elements / seen[run.place.tensor] for run in self._runs]
         return _bracket(self._runs, rates, count, cap, elements)
 
 
@@ -153,8 +155,6 @@ def _bracket(
     values, standing = values[order], np.cumsum(weights[order])
 
     def at(rank: float) -> float:
-        if rank <= 0:
-            return inf
         place = int(np.searchsorted(standing, rank))
         return float(values[place]) if place < values.size else 0.0
 
@@ -166,15 +166,33 @@ def _bracket(
     spread = 5 * sqrt(sum(one * one for one in off))
     spread += 3 * elements * sqrt(share * (1 - share) / values.size) + 8 * max(rates)
     spread = min(spread, 0.45 * cap)
-    return Between(at(k + spread), at(k - spread))
+    high = at(k - spread) if k > spread else inf
+    lower = values[values < at(k + spread)]  # the bracket leaves out its lower end
+    low = float(lower[0]) if lower.size else 0.0
+    return Between(low, high, _common(values[(values > low) & (values <= high)], values.size))
+
+
+def _common(inside: Any, seen: int) -> tuple[float, ...]:
+    """Return the magnitudes inside a bracket that many elements have.
+
+    Differences of bf16 models lie on a grid.
+    """
+    distinct, counts = np.unique(inside, return_counts=True)
+    most = np.argsort(-counts, kind="stable")[:MOST_COMMON]
+    return tuple(float(distinct[i]) for i in most if counts[i] >= max(16, seen / 2000))
 
 
 @dataclass(frozen=True, slots=True)
 class Between(State):
-    """The k-th magnitude x is probably in low < x <= high, 0 <= low."""
+    """The k-th magnitude x is probably in low < x <= high, 0 <= low.
+
+    Attributes:
+        common: Magnitudes in there that are counted, not collected.
+    """
 
     low: float
     high: float
+    common: tuple[float, ...] = ()
 
     def gathering(self, cap: int) -> Gathering:
         return _Inside(self, cap)
@@ -191,59 +209,82 @@ class _Inside(Gathering):
 
     def add(self, magnitudes: Any, place: Place) -> None:
         low, high = (magnitudes.dtype.type(x) for x in (self.state.low, self.state.high))
-        above = magnitudes > high
         found = magnitudes > low
-        self._above += int(np.count_nonzero(above))
-        np.logical_xor(found, above, out=above)
-        indices = np.flatnonzero(above)
-        self._inside += indices.size
-        self._nonzero += int(np.count_nonzero(magnitudes > 0)) if low > 0 else 0
-        if low == 0:
-            self._nonzero += int(np.count_nonzero(found))
-        if indices.size and self._inside <= self._cap:
-            values = magnitudes[indices]
-            self._runs.append(Run(place.tensor, place.start, values, indices.astype(np.int32)))
+        inside = int(np.count_nonzero(found))
+        self._count_nonzero(magnitudes, inside)
+        if high < inf:
+            above = magnitudes > high
+            self._above += int(np.count_nonzero(above))
+            np.logical_xor(found, above, out=found)
+        equal = []
+        for value in self.state.common:
+            same = magnitudes == magnitudes.dtype.type(value)
+            equal.append(int(np.count_nonzero(same)))
+            np.logical_xor(found, same, out=found)
+        values = magnitudes[found]
+        self._inside += values.size
+        if self._inside <= self._cap and (values.size or any(equal)):
+            self._runs.append(Run(place, values, tuple(equal)))
+
+    def _count_nonzero(self, magnitudes: Any, above_low: int) -> None:
+        self._nonzero += above_low if self.state.low == 0 else int(np.count_nonzero(magnitudes))
 
     def absorb(self, later: _Inside) -> None:
         self._above += later._above
         self._inside += later._inside
         self._nonzero += later._nonzero
-        if self._inside <= self._cap:
-            self._runs += later._runs
-        else:
-            self._runs = []
+        self._runs = self._runs + later._runs if self._inside <= self._cap else []
 
     def next(self, count: Count, cap: int, elements: int) -> State:
         k = count(elements, self._nonzero)
-        low, high = self.state.low, self.state.high
+        low, high, common = self.state.low, self.state.high, self.state.common
         if k == 0:
             return Resolved(inf)
         if k <= self._above:
             return Bins(high, inf, 0, self._nonzero)
-        if k > self._above + self._inside:
-            return Bins(0.0, low, self._above + self._inside, self._nonzero)
         if self._inside > cap:
             return Bins(low, high, self._above, self._nonzero)
-        return resolve(self._runs, k - self._above)
+        held = self._inside + sum(sum(run.equal) for run in self._runs)
+        if k > self._above + held:
+            return Bins(0.0, low, self._above + held, self._nonzero) if low else Resolved(0.0)
+        return resolve(self._runs, common, k - self._above)
 
 
-def resolve(runs: Sequence[Run], k: int) -> Resolved:
+def resolve(runs: Sequence[Run], common: Sequence[float], k: int) -> Resolved | InRun:
     """Return the k-th largest of what was collected, 1 <= k <= their number."""
     values = np.concatenate([run.values for run in runs])
+    totals = [sum(run.equal[i] for run in runs) for i in range(len(common))]
+    above = 0
+    for value, total in sorted(zip(common, totals, strict=True), reverse=True):
+        first = above + int(np.count_nonzero(values > value))
+        if first < k <= first + total:
+            counts = [run.equal[common.index(value)] for run in runs]
+            return _cut(runs, value, counts, k - first)
+        if k > first + total:
+            above += total
+    k -= above
     threshold = np.partition(values, values.size - k)[values.size - k]
     if threshold == 0:
         return Resolved(0.0)
-    quota = k - int(np.count_nonzero(values > threshold))
-    if quota == int(np.count_nonzero(values == threshold)):
-        return Resolved(float(threshold))
-    for run in runs:
-        equal = np.flatnonzero(run.values == threshold)
-        if quota <= equal.size:
-            at = int(equal[quota - 1])
-            index = at if run.indices is None else int(run.indices[at])
-            return Resolved(float(threshold), run.tensor, run.start + index + 1)
-        quota -= equal.size
-    raise AssertionError  # the quota is less than what equals the threshold
+    counts = [int(np.count_nonzero(run.values == threshold)) for run in runs]
+    return _cut(runs, float(threshold), counts, k - int(np.count_nonzero(values > threshold)))
+
+
+def _cut(
+    runs: Sequence[Run], threshold: float, counts: Sequence[int], quota: int
+) -> Resolved | InRun:
+    """Return where the last of those that equal the threshold lies, or that all are taken.
+
+    Args:
+        counts: How many equal it in each run.
+    """
+    if quota == sum(counts):
+        return Resolved(threshold)
+    for run, found in zip(runs, counts, strict=True):
+        if quota <= found:
+            return InRun(threshold, run.place, quota)
+        quota -= found
+    raise AssertionError  # there are more of them than the quota
 
 
 @dataclass(frozen=True, slots=True)
@@ -296,8 +337,9 @@ class _Histogram(Gathering):
         k = count(elements, self.state.nonzero)
         left = k - self.state.above
         total = int(self._counts.sum())
-        if left > total:  # only zeros are left
-            return Resolved(0.0)
+        if left > total:  # the bracket lay too high
+            above, low = self.state.above + total, self.state.low
+            return Bins(0.0, low, above, self.state.nonzero) if low else Resolved(0.0)
         from_top = np.cumsum(self._counts[::-1])
         place = int(np.searchsorted(from_top, left))
         chosen = BINS - 1 - place
@@ -312,47 +354,11 @@ class _Histogram(Gathering):
             return Between(float(low), float(high))
         if shift:
             return Bins(float(low), float(high), above, self.state.nonzero)
-        return Ties(float(high), k - above) if k - above < held else Resolved(float(high))
+        return Between(float(low), float(high), (float(high),))
 
 
 def _integer(kind: Any) -> Any:
     return np.int64 if kind is np.float64 else np.int32
-
-
-@dataclass(frozen=True, slots=True)
-class Ties(State):
-    """The k-th magnitude is found; it takes only `quota` of the many elements that equal it."""
-
-    threshold: float
-    quota: int
-
-    def gathering(self, cap: int) -> Gathering:
-        del cap
-        return _TieCounts(self)
-
-
-class _TieCounts(Gathering):
-    state: Ties
-
-    def __init__(self, state: Ties) -> None:
-        self.state = state
-        self._runs: list[tuple[Place, int]] = []
-
-    def add(self, magnitudes: Any, place: Place) -> None:
-        equal = magnitudes == magnitudes.dtype.type(self.state.threshold)
-        self._runs.append((place, int(np.count_nonzero(equal))))
-
-    def absorb(self, later: _TieCounts) -> None:
-        self._runs += later._runs
-
-    def next(self, count: Count, cap: int, elements: int) -> State:
-        del count, cap, elements
-        quota = self.state.quota
-        for place, found in self._runs:
-            if quota <= found:
-                return InRun(self.state.threshold, place, quota)
-            quota -= found
-        raise AssertionError  # there are more of them than the quota
 
 
 @dataclass(frozen=True, slots=True)
@@ -375,8 +381,8 @@ class _TieIndex(Gathering):
         self.state = state
         self._index = -1
 
-    def wants(self, place: Place) -> bool:
-        return place == self.state.place
+    def wants(self, tensor: str, start: int) -> bool:
+        return (tensor, start) == (self.state.place.tensor, self.state.place.start)
 
     def add(self, magnitudes: Any, place: Place) -> None:
         equal = np.flatnonzero(magnitudes == magnitudes.dtype.type(self.state.threshold))

@@ -58,6 +58,14 @@ class Accumulator(ABC):
     def absorb(self, later: Self) -> None:
         """Take in what the next chunk gathered."""
 
+    def wants(self, tensor: str, start: int) -> bool:
+        """Return whether this pass needs the run that starts there; others are not read."""
+        del tensor, start
+        return True
+
+    def skip(self, place: Place) -> None:  # noqa: B027  (most need not know)
+        """Note that a run was not read."""
+
 
 @dataclass(frozen=True, slots=True)
 class Done:

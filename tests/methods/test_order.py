@@ -50,7 +50,10 @@ def expected(tensors: dict[str, torch.Tensor], how: Top) -> dict[str, torch.Tens
     kept = np.zeros_like(flat)
     kept[chosen] = flat[chosen]
     parts = np.split(kept, np.cumsum([t.numel() for t in tensors.values()])[:-1])
-    return {n: torch.from_numpy(p).view(t.shape) for p, (n, t) in zip(parts, tensors.items())}
+    return {
+        n: torch.from_numpy(p).view(t.shape)
+        for p, (n, t) in zip(parts, tensors.items(), strict=True)
+    }
 
 
 def kept(folder, tensors, how, *, scope="tensor", held="element", blocks=None, workers=2):
@@ -78,11 +81,11 @@ KINDS = {
     "float64": lambda count, seed=0: random(count, seed, torch.float64),
     "tied": tied,
     "sparse": lambda count, seed=0: random(count, seed) * (random(count, seed + 1) > 1.3),
-    "equal": lambda count, seed=0: torch.ones(count),  # noqa: ARG005
-    "zero": lambda count, seed=0: torch.zeros(count),  # noqa: ARG005
+    "equal": lambda count, seed=0: torch.ones(count),
+    "zero": lambda count, seed=0: torch.zeros(count),
     "few values": lambda count, seed=0: random(count, seed).round(),
     "outliers": lambda count, seed=0: random(count, seed) * 10 ** (random(count, seed + 1) * 4),
-    "rising": lambda count, seed=0: torch.linspace(0, 1, count),  # noqa: ARG005
+    "rising": lambda count, seed=0: torch.linspace(0, 1, count),
     "tiny": lambda count, seed=0: random(count, seed) * 1e-40,
 }
 SIZES = (1, 2, 100, BLOCK, BLOCK + 1, 9 * BLOCK + 77)
@@ -90,7 +93,7 @@ SIZES = (1, 2, 100, BLOCK, BLOCK + 1, 9 * BLOCK + 77)
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("share", [0.0, 1e-4, 0.2, 0.5, 0.999, 1.0])
+@pytest.mark.parametrize("share", [0.0, 1e-4, 0.2, 0.999])
 def test_exactly_the_largest_are_kept(tmp_path, kind, size, share):
     tensors = {"x": KINDS[kind](size)}
     how = Top((share,), least=1)
@@ -101,7 +104,7 @@ def test_exactly_the_largest_are_kept(tmp_path, kind, size, share):
 @pytest.mark.parametrize("candidates", [1, 50, 5000])
 def test_a_bracket_that_holds_too_much_is_narrowed(tmp_path, monkeypatch, kind, candidates):
     monkeypatch.setattr(order, "CANDIDATES", candidates)
-    tensors = {"x": KINDS[kind](30 * BLOCK + 5)}
+    tensors = {"x": KINDS[kind](12 * BLOCK + 5)}
     for share in (0.01, 0.2, 0.7):
         how = Top((share,))
         result = kept(tmp_path / str(share), tensors, how)["x"]
@@ -110,7 +113,7 @@ def test_a_bracket_that_holds_too_much_is_narrowed(tmp_path, monkeypatch, kind, 
 
 @pytest.mark.parametrize("kind", ["tied", "few values", "random"])
 def test_slabs_and_threads_change_no_bit(tmp_path, kind):
-    tensors = {"x": KINDS[kind](70 * BLOCK + 9)}
+    tensors = {"x": KINDS[kind](66 * BLOCK + 9)}
     how = Top((0.2,))
     wanted = expected(tensors, how)["x"]
     for blocks in (1, 2, 8):
