@@ -28,6 +28,7 @@ from merge_kit.engine.statistics import (
     gather,
     ranges,
     slabs,
+    thinning,
 )
 from merge_kit.engine.threads import one_torch_thread
 from merge_kit.engine.workspace import Workspace
@@ -215,7 +216,7 @@ def _whole_model(reader: Reader, steps: Sequence[Step], workers: int, *, lax: bo
 
 
 def _gathered(reader: Reader, steps: Sequence[Step], workers: int, *, lax: bool) -> Results:
-    passes = Passes(model_scans(steps[0]), {})
+    passes = Passes(model_scans(steps[0]), {}, thinning(steps))
     while passes.due():
         parts = [(step, span) for step in steps for span in chunks(step, passes)]
         fold = InOrder()

@@ -21,7 +21,7 @@ from merge_kit.engine.pool import Pool, Task
 from merge_kit.engine.progress import Progress
 from merge_kit.engine.report import Report
 from merge_kit.engine.state import RunState, Tally
-from merge_kit.engine.statistics import InOrder, Passes, chunks
+from merge_kit.engine.statistics import InOrder, Passes, chunks, thinning
 from merge_kit.engine.threads import one_torch_thread
 from merge_kit.engine.workspace import Workspace
 from merge_kit.errors import InterruptedRun
@@ -170,7 +170,7 @@ def _whole_model(run: RunState, stop: threading.Event) -> Shared:
 def _gather_group(
     run: RunState, steps: list[Step], shared: Shared, stop: threading.Event
 ) -> Mapping[str, Any]:
-    passes = Passes(model_scans(steps[0]), {})
+    passes = Passes(model_scans(steps[0]), {}, thinning(steps))
     while passes.due() and not stop.is_set():
         fold, first, tasks = InOrder(), 0, []
         for i, step in enumerate(steps):

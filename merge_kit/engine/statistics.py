@@ -15,8 +15,11 @@ from merge_kit.plan.values import Step
 
 Gathered = dict[str, Accumulator]
 
-SAMPLE = 8192
-"""Elements of one run of a sample."""
+SAMPLE = 2048
+"""Elements of one run of a sample of a tensor."""
+
+MOST_RUNS = 8192
+"""Runs of a sample of a whole model, about."""
 
 
 def ranges(step: Step, size: int) -> list[tuple[int, int]]:
@@ -74,9 +77,11 @@ class Passes:
     Args:
         scans: Scans whose `uses` are among them or among `known`.
         known: Results that are there already.
+        thinning: How thin samples are, see `samples`.
     """
 
-    def __init__(self, scans: Sequence[Scan], known: Mapping[str, Any]) -> None:
+    def __init__(self, scans: Sequence[Scan], known: Mapping[str, Any], thinning: int = 0) -> None:
+        self.thinning = thinning
         self.results: dict[str, Any] = dict(known)
         self._carry: dict[str, Any] = {}
         self._left = list(scans)
@@ -117,10 +122,10 @@ def gather(
     due, sampling = passes.due(), passes.sampling
     gathered = {s.name: s.reduction.accumulator(passes.carry(s)) for s in due}
     name, elements = step.outputs[0].key, step_elements(step)
-    spans = samples(step, span) if sampling else [span]
+    spans = samples(step, span, passes.thinning) if sampling else [span]
     for start, stop in (slab for one in spans for slab in slabs(step, one, scanning=True)):
         place = Place(name, start, elements)
-        wanting = [s for s in due if gathered[s.name].wants(name, start)]
+        wanting = [s for s in due if gathered[s.name].wants(name, start, stop)]
         for scan in due if not wanting else ():
             gathered[scan.name].skip(place)
         if not wanting:
@@ -134,23 +139,31 @@ def gather(
     return gathered
 
 
-def samples(step: Step, span: tuple[int, int]) -> list[tuple[int, int]]:
+def samples(step: Step, span: tuple[int, int], thinning: int = 0) -> list[tuple[int, int]]:
     """Return runs that stand for all elements of a span: all of it if it is small.
 
     They are the same for every slab size, spread evenly, at changing places of their stretch so
     that they meet all columns.
+
+    Args:
+        thinning: For a sample of a whole model, blocks that one short run stands for; 0 for a
+            sample of one tensor.
     """
     start, stop = span
     total = stop - start
     assert step.method is not None
     grain = step.method.residency()
-    if total <= 8 * SAMPLE or grain == "tensor":
-        return [span]
     unit = row_elements(step) if grain == "row" else 1
-    run = max(1, SAMPLE // unit) * unit
-    count = min(max(32, total // (16 * BLOCK)), 256, total // (2 * run))
-    if count < 8:
+    length = SAMPLE // 4 if thinning else SAMPLE
+    run = max(1, length // unit) * unit
+    if total <= (run if thinning else 32 * SAMPLE) or grain == "tensor":
         return [span]
+    if thinning:
+        count = -(-total // (thinning * BLOCK))
+    else:
+        count = min(max(48, total // (8 * BLOCK)), 400, total // (2 * run))
+        if count < 8:
+            return [span]
     stretch = total // count // unit * unit
     room = (stretch - run) // unit + 1
     firsts = (start + i * stretch + i * 40_503 % room * unit for i in range(count))
@@ -172,6 +185,11 @@ def slabs(step: Step, span: tuple[int, int], *, scanning: bool = False) -> list[
         columns = row_elements(step)
         size = max(1, (BLOCK if scanning else size) // columns) * columns
     return [(at, min(at + size, stop)) for at in range(start, stop, size)]
+
+
+def thinning(steps: Sequence[Step]) -> int:
+    """Return the blocks that one run of a sample of these steps together stands for."""
+    return 4 + sum(step_elements(step) for step in steps) // (MOST_RUNS * BLOCK)
 
 
 def chunks(step: Step, passes: Passes) -> list[tuple[int, int]]:

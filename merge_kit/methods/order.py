@@ -7,6 +7,7 @@ much, passes over bit patterns narrow it. The result is exact either way.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import floor, inf, nextafter
 from typing import TYPE_CHECKING, Any, cast
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
 
 CANDIDATES = 6_000_000
 """Elements that are collected at most for one tensor, over all cuts."""
+
+PIECE = 131_072
+"""Elements that are looked at together."""
 
 ALL = 2**62
 
@@ -109,7 +113,7 @@ class MagnitudeAt(Reduction):
         """Return what gathers for the cuts that are not found yet."""
         states = carry or (Sampling(),) * len(self.cuts)
         cap = max(1, CANDIDATES // max(1, len(self.cuts)))
-        return Orders([row for row, _ in self.cuts], states, cap)
+        return Orders(self.cuts, states, cap)
 
     def samples(self, carry: Any) -> bool:
         """Return whether this is the first pass."""
@@ -152,11 +156,15 @@ class Orders(Accumulator):
         tensors: Elements of each tensor that was seen, in order.
     """
 
-    def __init__(self, rows: list[int], states: tuple[State, ...], cap: int) -> None:
+    def __init__(
+        self, cuts: Sequence[tuple[int, Top | Quantile]], states: tuple[State, ...], cap: int
+    ) -> None:
         self.tensors: dict[str, int] = {}
         self.cap = cap
         self.parts: list[Gathering] = [state.gathering(cap) for state in states]
-        self._rows = rows
+        for part, (_, how) in zip(self.parts, cuts, strict=True):
+            part.counts_nonzero = how.of_nonzero
+        self._rows = [row for row, _ in cuts]
         self._magnitudes = torch.empty(0)
 
     @property
@@ -165,27 +173,30 @@ class Orders(Accumulator):
         return sum(self.tensors.values())
 
     def add(self, values: Rows, place: Place) -> None:
-        """Take in a run of each row."""
+        """Take in a run of each row, in pieces that stay in the cache."""
         self.tensors.setdefault(place.tensor, place.elements)
-        due = [
-            (r, p)
-            for r, p in zip(self._rows, self.parts, strict=True)
-            if p.wants(place.tensor, place.start)
-        ]
-        for row in dict.fromkeys(r for r, _ in due):
-            magnitudes = self._abs(values[row])
-            for other, part in due:
-                if other == row:
+        elements = values[0].shape[0]
+        for start in range(0, elements, PIECE):
+            stop = min(start + PIECE, elements)
+            here = Place(place.tensor, place.start + start, place.elements)
+            self._add([row[start:stop] for row in values], here, place.start + stop)
+
+    def _add(self, values: Rows, place: Place, stop: int) -> None:
+        wanting = [part.wants(place.tensor, place.start, stop) for part in self.parts]
+        for row in dict.fromkeys(r for r, due in zip(self._rows, wanting, strict=True) if due):
+            magnitudes = torch.abs(values[row], out=self._room(values[row])).numpy()
+            for other, part, due in zip(self._rows, self.parts, wanting, strict=True):
+                if due and other == row:
                     part.add(magnitudes, place)
 
-    def _abs(self, row: Tensor) -> Any:
+    def _room(self, row: Tensor) -> Tensor:
         if self._magnitudes.numel() < row.numel() or self._magnitudes.dtype != row.dtype:
             self._magnitudes = torch.empty(row.shape, dtype=row.dtype)
-        return torch.abs(row, out=self._magnitudes[: row.numel()]).numpy()
+        return self._magnitudes[: row.numel()]
 
-    def wants(self, tensor: str, start: int) -> bool:
-        """Return whether any cut needs the run that starts there."""
-        return any(part.wants(tensor, start) for part in self.parts)
+    def wants(self, tensor: str, start: int, stop: int) -> bool:
+        """Return whether any cut needs these elements."""
+        return any(part.wants(tensor, start, stop) for part in self.parts)
 
     def skip(self, place: Place) -> None:
         """Note that a run was left out."""

@@ -46,10 +46,11 @@ class Gathering(ABC):
     """What one chunk holds for one cut."""
 
     state: State
+    counts_nonzero = False
 
-    def wants(self, tensor: str, start: int) -> bool:
-        """Return whether the run that starts there matters."""
-        del tensor, start
+    def wants(self, tensor: str, start: int, stop: int) -> bool:
+        """Return whether these elements of a tensor matter."""
+        del tensor, start, stop
         return True
 
     @abstractmethod
@@ -87,8 +88,8 @@ class _Nothing(Gathering):
     def __init__(self, state: State) -> None:
         self.state = state
 
-    def wants(self, tensor: str, start: int) -> bool:
-        del tensor, start
+    def wants(self, tensor: str, start: int, stop: int) -> bool:
+        del tensor, start, stop
         return False
 
     def add(self, magnitudes: Any, place: Place) -> None:
@@ -145,14 +146,12 @@ def _bracket(
     Args:
         rates: Elements that one element of a run stands for.
     """
-    values = np.concatenate([run.values for run in runs])
-    weights = np.repeat(np.asarray(rates), [run.values.size for run in runs])
-    nonzero = round(float(weights[values > 0].sum()))
+    values, standing = _ranked(runs, rates)
+    held = int(np.count_nonzero(values))
+    nonzero = round(float(standing[held - 1])) if held else 0
     k = count(elements, min(nonzero, elements))
     if k == 0 and count(elements, elements) == 0:
         return Resolved(inf)
-    order = np.argsort(-values)
-    values, standing = values[order], np.cumsum(weights[order])
 
     def at(rank: float) -> float:
         place = int(np.searchsorted(standing, rank))
@@ -170,6 +169,17 @@ def _bracket(
     lower = values[values < at(k + spread)]  # the bracket leaves out its lower end
     low = float(lower[0]) if lower.size else 0.0
     return Between(low, high, _common(values[(values > low) & (values <= high)], values.size))
+
+
+def _ranked(runs: Sequence[Run], rates: Sequence[float]) -> tuple[Any, Any]:
+    """Return the magnitudes of a sample, falling, and the rank in all elements of each."""
+    values = np.concatenate([run.values for run in runs])
+    if min(rates) == max(rates):
+        values = np.sort(values)[::-1]  # far faster than argsort
+        return values, np.arange(1, values.size + 1) * rates[0]
+    weights = np.repeat(np.asarray(rates), [run.values.size for run in runs])
+    order = np.argsort(-values)
+    return values[order], np.cumsum(weights[order])
 
 
 def _common(inside: Any, seen: int) -> tuple[float, ...]:
@@ -208,26 +218,27 @@ class _Inside(Gathering):
         self._runs: list[Run] = []
 
     def add(self, magnitudes: Any, place: Place) -> None:
-        low, high = (magnitudes.dtype.type(x) for x in (self.state.low, self.state.high))
-        found = magnitudes > low
+        kind = magnitudes.dtype.type
+        found = magnitudes > kind(self.state.low)
         inside = int(np.count_nonzero(found))
-        self._count_nonzero(magnitudes, inside)
-        if high < inf:
-            above = magnitudes > high
-            self._above += int(np.count_nonzero(above))
+        if self.counts_nonzero:
+            self._nonzero += int(np.count_nonzero(magnitudes > 0)) if self.state.low else inside
+        if self.state.high < inf:
+            above = magnitudes > kind(self.state.high)
+            over = int(np.count_nonzero(above))
+            self._above += over
+            inside -= over
             np.logical_xor(found, above, out=found)
         equal = []
-        for value in self.state.common:
-            same = magnitudes == magnitudes.dtype.type(value)
+        for value in self.state.common if inside else ():
+            same = magnitudes == kind(value)
             equal.append(int(np.count_nonzero(same)))
             np.logical_xor(found, same, out=found)
-        values = magnitudes[found]
-        self._inside += values.size
-        if self._inside <= self._cap and (values.size or any(equal)):
+        rest = inside - sum(equal)
+        self._inside += rest
+        if inside and self._inside <= self._cap:
+            values = magnitudes.take(np.flatnonzero(found) if rest else [])
             self._runs.append(Run(place, values, tuple(equal)))
-
-    def _count_nonzero(self, magnitudes: Any, above_low: int) -> None:
-        self._nonzero += above_low if self.state.low == 0 else int(np.count_nonzero(magnitudes))
 
     def absorb(self, later: _Inside) -> None:
         self._above += later._above
@@ -381,8 +392,9 @@ class _TieIndex(Gathering):
         self.state = state
         self._index = -1
 
-    def wants(self, tensor: str, start: int) -> bool:
-        return (tensor, start) == (self.state.place.tensor, self.state.place.start)
+    def wants(self, tensor: str, start: int, stop: int) -> bool:
+        place = self.state.place
+        return tensor == place.tensor and start <= place.start < stop
 
     def add(self, magnitudes: Any, place: Place) -> None:
         equal = np.flatnonzero(magnitudes == magnitudes.dtype.type(self.state.threshold))

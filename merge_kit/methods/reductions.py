@@ -58,9 +58,9 @@ class Accumulator(ABC):
     def absorb(self, later: Self) -> None:
         """Take in what the next chunk gathered."""
 
-    def wants(self, tensor: str, start: int) -> bool:
-        """Return whether this pass needs the run that starts there; others are not read."""
-        del tensor, start
+    def wants(self, tensor: str, start: int, stop: int) -> bool:
+        """Return whether this pass needs these elements of a tensor; others are not read."""
+        del tensor, start, stop
         return True
 
     def skip(self, place: Place) -> None:  # noqa: B027  (most need not know)
