@@ -1,0 +1,122 @@
+"""Random numbers: the same for every cut into slabs, and as random as they should be."""
+
+from __future__ import annotations
+
+import threading
+from itertools import pairwise
+from math import sqrt
+
+import numpy as np
+import pytest
+import torch
+
+from merge_kit.core.tensors import BLOCK
+from merge_kit.methods import noise
+
+KEY = (7, "dare", 0, "layers.0.weight")
+
+
+@pytest.mark.parametrize("bits", [16, 32])
+def test_draws_are_the_same_for_every_cut(bits):
+    whole = noise.draws(KEY, 0, 3 * BLOCK, bits)
+    cuts = [0, 1, 15, 16, 17, 4_099, BLOCK, BLOCK + 5, 2 * BLOCK + 31, 3 * BLOCK]
+    parts = [noise.draws(KEY, a, b, bits) for a, b in pairwise(cuts)]
+    assert np.array_equal(np.concatenate(parts), whole)
+    assert noise.draws(KEY, 5, 5, bits).size == 0
+
+
+def test_draws_are_those_of_philox_with_its_counter_set():
+    """Element 16 n is the first that the generator makes with its counter at n."""
+    key = int.from_bytes(noise._digest(KEY), "little")
+    fresh = np.random.Philox(key=key, counter=5).random_raw(8).view(np.uint16)
+    assert np.array_equal(noise.draws(KEY, 80, 112), fresh)
+
+
+def test_threads_that_draw_at_once_get_the_same_numbers():
+    wanted = [noise.draws((i,), 0, BLOCK) for i in range(4)]
+    found: dict[int, list[np.ndarray]] = {i: [] for i in range(4)}
+
+    def draw(i):
+        found[i] = [noise.draws((i,), 0, BLOCK) for _ in range(20)]
+
+    threads = [threading.Thread(target=draw, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(np.array_equal(one, wanted[i]) for i in range(4) for one in found[i])
+
+
+@pytest.mark.parametrize("bits", [16, 32])
+def test_draws_are_uniform(bits):
+    """256 bins of the high and of the low byte: chi-square has mean 255, deviation sqrt(510)."""
+    drawn = noise.draws(KEY, 0, 2**18, bits)
+    for byte in (drawn & 255, drawn >> (bits - 8)):
+        counts = np.bincount(byte.astype(np.int64), minlength=256)
+        square = float(((counts - 1024.0) ** 2 / 1024).sum())
+        assert abs(square - 255) < 5 * sqrt(510)
+
+
+def test_draws_of_neighbours_are_uncorrelated():
+    drawn = noise.draws(KEY, 0, 2**18) / 2**16 - 0.5
+    for distance in (1, 2, 3, 4, 16, 64, BLOCK):
+        product = float((drawn[:-distance] * drawn[distance:]).sum())
+        assert abs(product) < 5 * sqrt(2**18) / 12  # variance 1/12 each
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        (8, "dare", 0, "layers.0.weight"),
+        (7, "della", 0, "layers.0.weight"),
+        (7, "dare", 1, "layers.0.weight"),
+        (7, "dare", 0, "layers.1.weight"),
+    ],
+    ids=["seed", "method", "position", "tensor"],
+)
+def test_masks_of_other_seeds_methods_models_and_tensors_are_uncorrelated(other):
+    """Of n elements both keep p^2 n, with a deviation of sqrt(n p^2 (1 - p^2))."""
+    count, p = 2**18, 0.25
+    one, exact = noise.keep(KEY, p, 0, count)
+    two, _ = noise.keep(other, p, 0, count)
+    assert exact == p
+    both = float((one * two).sum())
+    assert abs(both - p * p * count) < 5 * sqrt(count * p * p * (1 - p * p))
+
+
+@pytest.mark.parametrize("density", [1e-6, 0.001, 0.1, 1 / 3, 0.5, 0.9, 0.999, 1 - 1e-6])
+def test_the_share_that_is_kept_is_the_probability_that_is_told(density):
+    count = 2**21
+    mask, exact = noise.keep(KEY, density, 0, count)
+    assert mask.dtype == torch.float32
+    assert set(mask.unique().tolist()) <= {0.0, 1.0}
+    assert exact == noise.probability(density)
+    assert abs(exact / density - 1) < 2.0**-9
+    assert abs((1 - exact) / (1 - density) - 1) < 2.0**-9
+    assert abs(float(mask.double().sum()) - exact * count) < 5 * sqrt(count * exact * (1 - exact))
+
+
+def test_density_0_keeps_nothing_and_1_everything():
+    nothing, never = noise.keep(KEY, 0.0, 0, 100)
+    everything, always = noise.keep(KEY, 1.0, 0, 100)
+    assert (never, always) == (0.0, 1.0)
+    assert not nothing.any()
+    assert everything.all()
+
+
+def test_thresholds_worked_by_hand():
+    assert noise.threshold(0.5) == (32_768, 16)
+    assert noise.threshold(0.1) == (6_554, 16)  # 6553.6
+    assert noise.threshold(2.0**-10) == (2**22, 32)
+    assert noise.threshold(1e-12) == (1, 32)  # never nothing
+    assert noise.threshold(1 - 1e-12) == (2**32 - 1, 32)  # never everything
+
+
+def test_normal_numbers_are_the_same_for_every_cut():
+    whole = noise.normal(KEY, 0, 2 * BLOCK)
+    parts = [
+        noise.normal(KEY, a, b) for a, b in ((0, 100), (100, BLOCK + 1), (BLOCK + 1, 2 * BLOCK))
+    ]
+    assert torch.equal(torch.cat(parts), whole)
+    assert abs(float(whole.double().mean())) < 5 / sqrt(2 * BLOCK)
+    assert abs(float(whole.double().var()) - 1) < 5 * sqrt(2 / (2 * BLOCK))
