@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 CANDIDATES = 6_000_000
 """Elements that are collected at most for one tensor, over all cuts."""
 
+FEWEST = 200_000
+"""Elements that may be collected for each cut, however many there are."""
+
 PIECE = 131_072
 """Elements that are looked at together."""
 
@@ -112,8 +115,11 @@ class MagnitudeAt(Reduction):
     def accumulator(self, carry: Any) -> Accumulator:
         """Return what gathers for the cuts that are not found yet."""
         states = carry or (Sampling(),) * len(self.cuts)
-        cap = max(1, CANDIDATES // max(1, len(self.cuts)))
-        return Orders(self.cuts, states, cap)
+        return Orders(self.cuts, states, self._cap())
+
+    def _cap(self) -> int:
+        """Return how many elements are collected at most for each cut."""
+        return max(CANDIDATES // max(1, len(self.cuts)), FEWEST)
 
     def samples(self, carry: Any) -> bool:
         """Return whether this is the first pass."""
@@ -121,7 +127,7 @@ class MagnitudeAt(Reduction):
 
     def held_bytes(self, elements: int) -> int:
         """Return the bytes of candidates (and of a copy while they are sorted)."""
-        return 8 * min(CANDIDATES, elements * len(self.cuts)) + 8_000_000
+        return 8 * len(self.cuts) * min(self._cap(), elements) + 8_000_000
 
     def finish(self, total: Any, carry: Any) -> Done | Again:
         """Return a `Cut` for each of the cuts, or what the next pass looks for."""

@@ -104,6 +104,7 @@ def test_exactly_the_largest_are_kept(tmp_path, kind, size, share):
 @pytest.mark.parametrize("candidates", [1, 50, 5000])
 def test_a_bracket_that_holds_too_much_is_narrowed(tmp_path, monkeypatch, kind, candidates):
     monkeypatch.setattr(order, "CANDIDATES", candidates)
+    monkeypatch.setattr(order, "FEWEST", 1)
     tensors = {"x": KINDS[kind](12 * BLOCK + 5)}
     for share in (0.01, 0.2, 0.7):
         how = Top((share,))
@@ -127,6 +128,7 @@ def test_slabs_and_threads_change_no_bit(tmp_path, kind):
 @pytest.mark.parametrize("candidates", [100, order.CANDIDATES])
 def test_the_largest_of_a_whole_model(tmp_path, monkeypatch, kind, candidates):
     monkeypatch.setattr(order, "CANDIDATES", candidates)
+    monkeypatch.setattr(order, "FEWEST", 1)
     make = KINDS[kind]
     sizes = (3 * BLOCK, 1, 100, 12 * BLOCK + 1, BLOCK)
     tensors = {f"t{i}": make(n, seed=i) * (i + 1) for i, n in enumerate(sizes)}

@@ -1,0 +1,77 @@
+"""The settings of each method that `quality.py` tries."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+Setting = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """Values of each parameter; all combinations are tried.
+
+    Attributes:
+        only_two: Whether the method takes two models only.
+    """
+
+    values: Mapping[str, Sequence[Any]]
+    only_two: bool = False
+
+
+LAMBDAS = (0.3, 0.5, 0.7, 0.9, 1.0, 1.2, 1.5)
+DENSITIES = (0.1, 0.2, 0.5, 0.8)
+RANDOM = (0.5, 0.8)
+SHARES = (0.3, 0.5, 0.7)
+
+GRID: Mapping[str, Grid] = {
+    "linear": Grid({"weight": (1.0,)}),
+    "rescale": Grid({"weight": (1.0,), "by": ("norm", "std")}),
+    "slerp": Grid({"t": SHARES}, only_two=True),
+    "nuslerp": Grid({"weight": (1.0,), "nuslerp_flatten": (True, False)}, only_two=True),
+    "multislerp": Grid({"weight": (1.0,)}),
+    "karcher": Grid({}),
+    "model_stock": Grid({"filter_wise": (False, True)}),
+    "task_arithmetic": Grid({"weight": (1.0,), "lambda_": LAMBDAS}),
+    "magnitude": Grid({"weight": (1.0,), "density": DENSITIES, "lambda_": LAMBDAS}),
+    "ties": Grid(
+        {
+            "weight": (1.0,),
+            "density": (*DENSITIES, 1.0),
+            "lambda_": LAMBDAS,
+            "variant": ("mergekit", "paper"),
+        }
+    ),
+    "dare_linear": Grid({"weight": (1.0,), "density": RANDOM, "lambda_": LAMBDAS}),
+    "dare_ties": Grid(
+        {
+            "weight": (1.0,),
+            "density": RANDOM,
+            "lambda_": LAMBDAS,
+            "variant": ("mergekit", "paper"),
+        }
+    ),
+    "della_linear": Grid(
+        {"weight": (1.0,), "density": RANDOM, "epsilon": (0.1,), "lambda_": LAMBDAS}
+    ),
+    "della": Grid({"weight": (1.0,), "density": RANDOM, "epsilon": (0.1,), "lambda_": LAMBDAS}),
+    "breadcrumbs": Grid(
+        {"weight": (1.0,), "density": (0.5, 0.9), "gamma": (0.01, 0.05), "lambda_": LAMBDAS}
+    ),
+    "breadcrumbs_ties": Grid(
+        {"weight": (1.0,), "density": (0.5, 0.9), "gamma": (0.01, 0.05), "lambda_": LAMBDAS}
+    ),
+    "sce": Grid({"select_topk": (0.1, 0.5, 1.0)}),
+    "ram": Grid({}),
+    "ramplus_tl": Grid({"alpha": (0.2, 0.5)}),
+    "arcee_fusion": Grid({}, only_two=True),
+    "nearswap": Grid({"t": (0.001, 0.01, 0.1)}, only_two=True),
+    "tsv": Grid({"lambda_": LAMBDAS}),
+    "iso_c": Grid({"lambda_": LAMBDAS}),
+    "iso_cts": Grid({"lambda_": LAMBDAS}),
+    "wudi": Grid({"lambda_": LAMBDAS}),
+    "fisher": Grid({"weight": (1.0,), "statistics": ("fisher",)}),
+    "regmean": Grid({"weight": (1.0,), "statistics": ("gram",)}),
+}
