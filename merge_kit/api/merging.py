@@ -119,7 +119,7 @@ def merge(  # noqa: PLR0913  (every option has a name)
     folder = output_folder(read, output)
     if on_plan is not None:
         on_plan(planned)
-    roots = [model.root for model in planned.inputs]
+    roots = [model.root for model in planned.read]
     if not isinstance(recipe, Mapping):
         roots.append(Path(recipe))  # it must not be replaced by what it makes
     with stage(folder, overwrite=overwrite, inputs=roots, identity=planned.identity) as staging:

@@ -16,7 +16,7 @@ from merge_kit.engine.workspace import Workspace
 from merge_kit.io.reader import Reader
 from merge_kit.io.torch_dtypes import torch_dtype
 from merge_kit.methods.base import Scans, Slab
-from merge_kit.plan.sources import Merged
+from merge_kit.plan.sources import Merged, elements
 from merge_kit.plan.values import Step
 
 NO_SCANS: Scans = MappingProxyType({})
@@ -54,11 +54,7 @@ class Kernel:
             self.operands.read(source, start, stop, row, work)
             if step.method.operates_on == "deltas" and base is not None:
                 row.sub_(base)
-        extra = work.rows("aux", len(step.aux), count, kind) if step.aux else rows
-        aux = {}
-        for row, (name, source) in zip(extra, step.aux, strict=False):
-            self.operands.read(source, start, stop, row, work)
-            aux[name] = row
+        aux = self._aux(step, start, stop, work)
         spec = step.outputs[0].spec
         return Slab(
             tensors=tensors,
@@ -71,6 +67,23 @@ class Kernel:
             seed=step.seed,
             aux=aux,
         )
+
+    def _aux(self, step: Step, start: int, stop: int, work: Workspace) -> dict[str, Tensor]:
+        """Return further operands: a range of those of the tensor's shape, the others whole."""
+        if not step.aux:
+            return {}
+        shape = step.inputs[0].shape if step.inputs else step.outputs[0].spec.shape
+        spans = [
+            (start, stop) if source.shape == shape else (0, elements(source))
+            for _, source in step.aux
+        ]
+        width, kind = max(high - low for low, high in spans), torch_dtype(step.compute)
+        rows = work.rows("aux", len(step.aux), width, kind)
+        aux = {}
+        for row, (name, source), (low, high) in zip(rows, step.aux, spans, strict=True):
+            aux[name] = row[: high - low]
+            self.operands.read(source, low, high, aux[name], work)
+        return aux
 
     def check_finite(self, slab: Slab) -> None:
         """Check operands before a statistic counts them: NaN would take a place among the largest.

@@ -58,7 +58,7 @@ def run_plan(
     """
     started = time.monotonic()
     stop = stop or threading.Event()
-    files = [file for model in plan.inputs for file in model.files]
+    files = [file for model in plan.read for file in model.files]
     tally = Tally(plan.bill.written_bytes, on_progress)
     with (
         Reader(files) as reader,

@@ -33,7 +33,7 @@ def per_model(default: float | bool | None) -> Any:
 class Slab:
     """A run of elements of one output tensor, from every model.
 
-    The method may overwrite `tensors`; it is scratch. `base` it may not.
+    The method may overwrite `tensors` and `aux`; they are scratch. `base` it may not.
 
     Attributes:
         tensors: (models, elements), float32 or float64; models minus base if the method operates
@@ -45,7 +45,8 @@ class Slab:
         models: Keys of the models, stable between runs and machines.
         offset: Index of the first element in the flattened tensor.
         seed: Seed of the run.
-        aux: Further operands by name (importances and the like), (elements,) each.
+        aux: Further operands by name (importances and the like), (elements,) each; those whose
+            shape is not the tensor's are there whole, flat.
     """
 
     tensors: Tensor
@@ -113,6 +114,9 @@ class MergeMethod:
         max_inputs: Most models, None for any number.
         grain: What must be resident: elements, whole rows, or whole tensors.
         outputs: Tensors that one step writes; above 1, `merge` returns a sequence.
+        statistics_of: What the files hold that the parameter `statistics` names for each model,
+            and `aux` in turn: "elements", a number an element; "inputs", a matrix (inputs,
+            inputs) for weights, and none for other tensors; "" if there is no such parameter.
         laws: Claims and their relative tolerance, 0.0 for bit equality.
         error_factor: Factor on the measure 2^-22 * sum |w_i x_i| of rounding.
     """
@@ -124,6 +128,7 @@ class MergeMethod:
     max_inputs: ClassVar[int | None] = None
     grain: ClassVar[Grain] = "element"
     outputs: ClassVar[int] = 1
+    statistics_of: ClassVar[Literal["", "elements", "inputs"]] = ""
     laws: ClassVar[Mapping[Law, float]] = {}
     error_factor: ClassVar[float] = 1.0
     method_name: ClassVar[str] = ""
@@ -145,7 +150,7 @@ class MergeMethod:
 
         Args:
             models: Models in the slab, the base not counted.
-            elements: Elements of the slab.
+            elements: Elements of the slab, and of the largest operand that is there whole.
         """
         del models
         return 4 * elements

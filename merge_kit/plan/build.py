@@ -20,6 +20,7 @@ from merge_kit.plan.accounts import fates
 from merge_kit.plan.assemble import Assembly
 from merge_kit.plan.chains import Chains
 from merge_kit.plan.configs import result_parts
+from merge_kit.plan.evidence import Evidence
 from merge_kit.plan.findings import Findings
 from merge_kit.plan.inputs import Inputs
 from merge_kit.plan.layout import place
@@ -45,13 +46,14 @@ class _Planned:
 class _Planner:
     recipe: Recipe
     inputs: Inputs
+    evidence: Evidence
     findings: Findings = field(default_factory=Findings)
     chains: Chains = field(default_factory=Chains)
 
     def stage(self, number: int, stage: Stage) -> _Planned:
         """Plan one stage and make its result known to later ones."""
         assembly = assemble(stage, self.inputs, self.findings)
-        maker = StepMaker(stage, self.recipe.seed, number)
+        maker = StepMaker(stage, self.recipe.seed, number, self.evidence)
         made = []
         for item in assembly.items:
             if not item.parts:
@@ -111,7 +113,7 @@ def build_plan(
         MergeKitError: Whatever can be refused before weights are read, all of it in one list.
     """
     inputs = Inputs(recipe)
-    planner = _Planner(recipe, inputs)
+    planner = _Planner(recipe, inputs, Evidence(recipe.folder))
     for error in inputs.errors:
         planner.findings.problem(error)
     planner.findings.raise_any()
@@ -137,6 +139,8 @@ def _finish(
     _notes(planner, donor, last)
     for one in planned:
         _note_added_base(findings, one)
+    for note in planner.evidence.notes():
+        findings.note(note)
     findings.raise_any()
     feeding = [m.step for p in planned[:-1] for m in p.made if model_scans(m.step)]
     rows = fates(inputs.models, [(p.assembly, p.made, p.model) for p in planned])
@@ -144,7 +148,7 @@ def _finish(
     blocks = [slab_blocks] if slab_blocks is not None else None
     every, peak = cost.fit(spilled, workers, len(rows) + len(steps), memory_bytes, blocks)
     sized, more = every[: len(steps)], every[len(steps) :]
-    values = inputs.as_values(assembly.base)
+    values, statistics = inputs.as_values(assembly.base), planner.evidence.as_values()
     config = last.model.config or {}
     stack = last.model.described
     return Plan(
@@ -161,9 +165,10 @@ def _finish(
         dtypes=_dtypes(sized),
         bill=cost.bill(sized, workers, peak, more),
         notes=findings.notes,
-        identity=_identity(recipe, values, sized),
+        identity=_identity(recipe, (*values, *statistics), sized),
         seed=recipe.seed,
         whole_model=(*more, *(s for s in sized if s.group == last.number and model_scans(s))),
+        statistics=statistics,
     )
 
 

@@ -38,7 +38,8 @@ def worker_count(threads: int | None) -> int:
 
 def float_bytes(step: Step) -> int:
     """Return the bytes of one element of a slab over all models."""
-    rows = len(step.inputs) + (step.base is not None) + len(step.aux)
+    rows = len(step.inputs) + (step.base is not None)
+    rows += sum(source.shape == _shape(step) for _, source in step.aux)
     return DTYPES[step.compute].bits // 8 * max(rows, 1)
 
 
@@ -75,13 +76,15 @@ def _own_bytes(step: Step, slab: int) -> int:
         count = numel(shape)
     elif grain == "row":
         count = max(count, min(shape[-1] if shape else 1, numel(shape)))
-    raw = max((nbytes(s.dtype, count) for s in stored_or(step)), default=0)
+    whole = [elements(s) for _, s in step.aux if s.shape != shape]  # beside the slab
+    raw = max((nbytes(s.dtype, max(count, *whole, 0)) for s in stored_or(step)), default=0)
     out = sum(min(t.spec.nbytes, nbytes(t.spec.dtype, count)) for t in step.outputs)
     scans = step.method.scans()
     statistics = 8 * 3 * BLOCK * (len(step.inputs) + 1) if scans else 0
     statistics += sum(scan.reduction.held_bytes(max(1, numel(shape))) for scan in scans)
     own = count * float_bytes(step) + raw + out + statistics
-    own += step.method.scratch_bytes(len(step.inputs), count)
+    own += DTYPES[step.compute].bits // 8 * sum(whole)
+    own += step.method.scratch_bytes(len(step.inputs), count + max(whole, default=0))
     return own + _special(step)
 
 

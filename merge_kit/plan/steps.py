@@ -10,9 +10,11 @@ from merge_kit.core.dtypes import DTYPES, is_float, promoted
 from merge_kit.core.tensors import TensorSpec
 from merge_kit.errors import MergeKitError, MismatchError
 from merge_kit.methods.base import MergeMethod, PerModel
+from merge_kit.methods.linear import Linear
 from merge_kit.methods.passthrough import Passthrough
 from merge_kit.methods.registry import parameters
 from merge_kit.plan.evaluate import Evaluator
+from merge_kit.plan.evidence import Aux, Evidence
 from merge_kit.plan.items import Item, Part
 from merge_kit.plan.models import Held
 from merge_kit.plan.sources import Merged, Source, Stored
@@ -44,10 +46,14 @@ class StepMaker:
 
     Args:
         group: Number of the stage, for statistics over the whole model.
+        evidence: Statistics that models are weighed by; default: by paths in the working directory.
     """
 
-    def __init__(self, stage: Stage, seed: int, group: int) -> None:
+    def __init__(
+        self, stage: Stage, seed: int, group: int, evidence: Evidence | None = None
+    ) -> None:
         self.stage, self.seed, self.group = stage, seed, group
+        self._evidence = evidence or Evidence(None)
         self._evaluator = Evaluator()
 
     def make(self, item: Item) -> Made:
@@ -63,9 +69,19 @@ class StepMaker:
         dtypes = [part.model.tensors[part.name].spec.dtype for part in item.parts]
         if method.copies():
             return self._passed(item, inputs[0])
-        if all(is_float(dtype) for dtype in dtypes):
-            return self._merge(item, method, base, inputs, dtypes)
-        return self._agreeing(item, dtypes)
+        if not all(is_float(dtype) for dtype in dtypes):
+            return self._agreeing(item, dtypes)
+        if method.statistics_of:
+            return self._weighed(item, method, inputs)
+        return self._merge(item, method, base, inputs, dtypes)
+
+    def _weighed(self, item: Item, method: MergeMethod, inputs: tuple[Part, ...]) -> Made:
+        """Return a merge of models by statistics; a base is no part of it."""
+        aux = self._evidence.operands(item, method, inputs)
+        if not aux:
+            method = Linear(weight=getattr(method, "weight"))  # noqa: B009  (not of every method)
+        dtypes = [_held(part).spec.dtype for part in inputs]
+        return self._merge(replace(item, parts=inputs), method, None, inputs, dtypes, aux)
 
     def _out_dtype(self, dtypes: Sequence[str]) -> str:
         named = self.stage.out_dtype or self.stage.dtype
@@ -78,6 +94,7 @@ class StepMaker:
         base: Part | None,
         inputs: tuple[Part, ...],
         dtypes: list[str],
+        aux: Aux = (),
     ) -> Made:
         out = self._out_dtype(dtypes)
         shape = _held(item.parts[0]).spec.shape
@@ -94,6 +111,7 @@ class StepMaker:
             method=method,
             base=None if base is None else _source(base),
             weights=tuple(getattr(method, "weight", ()) or (1.0,) * len(inputs)),
+            aux=aux,
             compute="F64" if wide else "F32",
             group=self.group,
             seed=self.seed,

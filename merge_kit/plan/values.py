@@ -171,6 +171,7 @@ class Plan:
         seed: Seed of the run.
         whole_model: Every step of the stages that need statistics over their whole result,
             those too that the output does without.
+        statistics: Files that models are weighed by, "statistics-1" and so on.
     """
 
     method: str
@@ -189,6 +190,12 @@ class Plan:
     identity: str
     seed: int
     whole_model: tuple[Step, ...] = ()
+    statistics: tuple[PlanInput, ...] = ()
+
+    @property
+    def read(self) -> tuple[PlanInput, ...]:
+        """Return everything that is read: models, then statistics."""
+        return (*self.inputs, *self.statistics)
 
     def counts(self) -> tuple[int, int, int]:
         """Return how many output tensors are merged and copied, and input tensors dropped."""

@@ -101,7 +101,7 @@ def _layers(plan: Plan) -> list[str]:
 
 
 def _recipe(plan: Plan, recipe_text: str) -> list[str]:
-    lines = fence(portable_recipe(recipe_text, plan.inputs), "yaml")
+    lines = fence(portable_recipe(recipe_text, plan.read), "yaml")
     if all(model.hub_id for model in plan.inputs):
         return lines
     return [*lines, "", "Models that lay on a disk stand there as `key:name`, without their path."]

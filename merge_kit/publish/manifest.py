@@ -77,6 +77,7 @@ class Manifest:
         tensors: Key -> hash.
         nonfinite: Key -> NaN and infinities that were written.
         saturated: Key -> values beyond the output dtype.
+        statistics: Files that models were weighed by.
     """
 
     __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
@@ -94,6 +95,7 @@ class Manifest:
     tensors: dict[str, str]
     nonfinite: dict[str, int]
     saturated: dict[str, int]
+    statistics: tuple[InputRecord, ...] = ()
 
     def __post_init__(self) -> None:
         for file in (*self.files, *self.side_files):
@@ -126,7 +128,7 @@ def manifest(
     """
     record = Manifest(
         format=FORMAT,
-        recipe=portable_recipe(recipe_text, plan.inputs),
+        recipe=portable_recipe(recipe_text, plan.read),
         recipe_hash=recipe_hash(recipe_text),
         versions={"python": ".".join(map(str, sys.version_info[:2]))} | dict(versions),
         seed=plan.seed,
@@ -138,6 +140,7 @@ def manifest(
         tensors=dict(hashes),
         nonfinite=dict(nonfinite),
         saturated=dict(saturated),
+        statistics=tuple(_input(one) for one in plan.statistics),
     )
     return json.dumps(asdict(record), indent=1, sort_keys=True, ensure_ascii=True) + "\n"
 

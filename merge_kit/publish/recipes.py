@@ -16,8 +16,17 @@ from merge_kit.publish.references import References, folder_name, without_homes
 Rewrite = Callable[[str, str], str]
 _STRING = "tag:yaml.org,2002:str"
 _SCALARS: Any = yaml.SafeLoader("")
-_REFERENCES = {"model", "base_model", "lora", "path", "copy", "source", "tokenizer_source"}
-_NO_REFERENCES_BELOW = {"parameters"}
+_REFERENCES = {
+    "model",
+    "base_model",
+    "lora",
+    "path",
+    "copy",
+    "source",
+    "tokenizer_source",
+    "statistics",
+}
+_PARAMETERS, _STATISTICS = "parameters", "statistics"
 
 
 def portable_recipe(recipe_text: str, inputs: Sequence[PlanInput]) -> str:
@@ -97,9 +106,20 @@ def _children(node: Any, key: str) -> Iterator[tuple[str, Any]]:
     if isinstance(node, yaml.SequenceNode):
         yield from ((key, child) for child in node.value)
         return
-    free = key in _NO_REFERENCES_BELOW
     for name, child in node.value:
-        yield from ((key if free else str(name.value), child), ("", name))
+        yield from ((_below(key, str(name.value)), child), ("", name))
+
+
+def _below(key: str, name: str) -> str:
+    """Return the key that the value of a mapping stands under.
+
+    Parameters hold no references, but for files of statistics: as a value, or in {filter, value}.
+    """
+    if key == _PARAMETERS:
+        return _STATISTICS if name == _STATISTICS else _PARAMETERS
+    if key == _STATISTICS:
+        return _STATISTICS if name == "value" else _PARAMETERS
+    return name
 
 
 def _node_hash(node: Any, key: str, known: dict[tuple[int, str], str]) -> str:
@@ -114,9 +134,8 @@ def _node_hash(node: Any, key: str, known: dict[tuple[int, str], str]) -> str:
 def _parts(node: Any, key: str, known: dict[tuple[int, str], str]) -> list[str]:
     if isinstance(node, yaml.SequenceNode):
         return [_node_hash(child, key, known) for child in node.value]
-    free = key in _NO_REFERENCES_BELOW
     return sorted(
-        _digest(str(name.value), _node_hash(child, key if free else str(name.value), known))
+        _digest(str(name.value), _node_hash(child, _below(key, str(name.value)), known))
         for name, child in node.value
         if key or name.value != "output"
     )
@@ -134,7 +153,7 @@ def _value(node: Any) -> str:
 
 
 def _last_parts(text: str) -> str:
-    parts = (re.sub(r"^(input-\d+|local):", "", part) for part in text.split("+"))
+    parts = (re.sub(r"^(input-\d+|statistics-\d+|local):", "", part) for part in text.split("+"))
     return "+".join(folder_name(part).removesuffix(".safetensors") for part in parts)
 
 
