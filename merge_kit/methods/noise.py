@@ -93,6 +93,20 @@ def threshold(chance: float) -> tuple[int, int]:
     return min(max(round(chance * 2**bits), 1), 2**bits - 1), bits
 
 
+def thresholds(chances: Any) -> tuple[Any, int]:
+    """Return `threshold` of many probabilities, all for draws of the same bits.
+
+    Args:
+        chances: (n,), numpy float64, in ascending order.
+
+    Returns:
+        (n,), numpy uint16 or uint32, and the bits.
+    """
+    bits = max(threshold(float(chances[0]))[1], threshold(float(chances[-1]))[1])
+    below = np.rint(chances * 2.0**bits).clip(1, 2**bits - 1)
+    return below.astype(np.uint16 if bits == 16 else np.uint32), bits
+
+
 def probability(density: float) -> float:
     """Return the exact probability with which `keep` keeps an element, for a density in [0, 1]."""
     if density in {0, 1}:

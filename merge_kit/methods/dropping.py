@@ -1,0 +1,84 @@
+"""Random pruning of task vectors: each element is kept with some probability.
+
+What is kept is divided by that probability, so that the expected value is what it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import TYPE_CHECKING
+
+from merge_kit.core.tensors import BLOCK
+from merge_kit.errors import ParameterError
+from merge_kit.methods import noise
+from merge_kit.methods.base import PerModel
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from merge_kit.methods.base import MergeMethod, Slab
+
+
+def fill(method: MergeMethod, models: int) -> None:
+    """Give each model the default of what a new method was not told, as the planner does."""
+    for entry in fields(method):
+        if "default" in entry.metadata and not getattr(method, entry.name):
+            value = PerModel([entry.metadata["default"]] * models)
+            object.__setattr__(method, entry.name, value)
+
+
+def check_densities(densities: Sequence[float]) -> None:
+    """Check the shares that are kept of the models.
+
+    Raises:
+        ParameterError: If one is no number in [0, 1].
+    """
+    for density in densities:
+        if not 0 <= density <= 1:
+            raise ParameterError(
+                "density",
+                f"is {density:g}, expected a number in [0, 1]",
+                hint="density is the share that is kept, not a percentage",
+            )
+
+
+def drop(row: Tensor, density: float, key: noise.Key, offset: int) -> Tensor:
+    """Keep each element of a row with probability `density`, in place, the others become zero.
+
+    Args:
+        row: (elements,).
+        density: In [0, 1]; the exact probability is `noise.probability(density)`.
+        key: Names the random numbers.
+        offset: Index of the first element in the flattened tensor.
+    """
+    if density == 1:
+        return row
+    for start in range(0, row.numel(), BLOCK):  # short runs stay in the cache
+        part = row[start : start + BLOCK]
+        at = offset + start
+        mask, _ = noise.keep(key, density, at, at + part.numel())
+        part.mul_(mask.to(row.dtype))
+    return row
+
+
+def drop_all(slab: Slab, densities: Sequence[float]) -> None:
+    """Drop elements of each model of a slab at random, in place."""
+    for i, (row, density) in enumerate(zip(slab.deltas, densities, strict=True)):
+        drop(row, density, _key(slab, i), slab.offset)
+
+
+def dropped(slab: Slab, densities: Sequence[float]) -> list[Tensor]:
+    """Return the models of a slab as `drop_all` leaves them, in copies."""
+    pairs = enumerate(zip(slab.deltas, densities, strict=True))
+    return [drop(row.clone(), density, _key(slab, i), slab.offset) for i, (row, density) in pairs]
+
+
+def _key(slab: Slab, model: int) -> noise.Key:
+    return (slab.seed, "dare", model, slab.name)
+
+
+def rescaled(weights: Sequence[float], densities: Sequence[float]) -> list[float]:
+    """Return the weights divided by the exact probabilities of keeping an element."""
+    chances = [noise.probability(density) for density in densities]
+    return [w / p if p else w for w, p in zip(weights, chances, strict=True)]
