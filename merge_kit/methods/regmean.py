@@ -29,8 +29,8 @@ class RegMean(MergeMethod):
     mean + (sum(w_i (W_i - mean) G_i)) (S + ridge diag(S))^-1, S = sum(w_i G_i), mean the weighted
     mean: the same where ridge is 0. So weights that are equal stay as they are to the last bit,
     inputs that no model has seen get the plain mean, and ridge pulls towards it what hardly any
-    input tells. Where S has no inverse (ridge 0), its pseudo-inverse does; directions below 1e-10
-    of its largest eigenvalue (each input scaled to 1) get the plain mean.
+    input tells. Where S has no inverse (ridge 0), its pseudo-inverse does: directions that are
+    lost in the rounding of float32 get the plain mean.
 
     The statistics file is a safetensors file (or a folder of them) with a matrix (inputs, inputs)
     under the name of the weight. scripts/collect_statistics.py makes it. Metadata `shared`, a
@@ -72,7 +72,7 @@ class RegMean(MergeMethod):
     statistics: PerModel[str]
     weight: PerModel[float] = per_model(1.0)
     scale_off_diagonal: float = 0.9
-    ridge: float = 1e-4
+    ridge: float = 1e-3
 
     def __post_init__(self) -> None:
         evidence.check_weights(self.weight)

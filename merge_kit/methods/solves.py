@@ -10,8 +10,9 @@ from merge_kit.methods.lazy import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
-CUT = 1e-10
-"""Eigenvalues below this share of the largest count as zero in a pseudo-inverse."""
+NOISE = 2.0**-24
+"""Rounding of a matrix that was stored in float32; n times as much of the largest eigenvalue is
+noise, and counts as zero in a pseudo-inverse."""
 
 
 def solve_from_right(matrix: Tensor, rows: Tensor, ridge: float, *, where: str) -> Tensor:
@@ -36,7 +37,7 @@ def solve_from_right(matrix: Tensor, rows: Tensor, ridge: float, *, where: str) 
     matrix.diagonal().copy_((diagonal > 0).double() * (1 + ridge) + (diagonal == 0).double())
     rows.mul_(scale)
     factor, failed = torch.linalg.cholesky_ex(matrix)
-    if not int(failed) and float(factor.diagonal().min()) ** 2 > CUT:
+    if not int(failed) and float(factor.diagonal().min()) ** 2 > len(matrix) * NOISE:
         return torch.cholesky_solve(rows.T, factor).T.mul_(scale)
     del factor
     return _pseudo_solved(matrix, rows, where).mul_(scale)
@@ -49,7 +50,7 @@ def _pseudo_solved(matrix: Tensor, rows: Tensor, where: str) -> Tensor:
         problem = f"no eigenvalues of its {len(matrix)} inputs were found: {exc}"
         hint = "set ridge above 0, or lower scale_off_diagonal"
         raise SolveError(problem, where=where, hint=hint) from exc
-    kept = values > CUT * values[-1]
+    kept = values > len(matrix) * NOISE * values[-1]
     inverse = values.reciprocal().mul_(kept).nan_to_num_(nan=0.0)
     found: Tensor = (rows @ vectors).mul_(inverse) @ vectors.T
     return found

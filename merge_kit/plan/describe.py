@@ -59,6 +59,7 @@ def summary(plan: Plan, free_bytes: int | None) -> list[Row]:
     return [
         Row("method", f"{plan.method}, seed {plan.seed}"),
         *labelled("inputs", [_input(model, tensors[model.key]) for model in plan.inputs]),
+        *labelled("statistics", [_statistics(one) for one in plan.statistics]),
         Row("tensors", counts_line(plan)),
         *labelled("merged", [f"{count:,} by {m}" for m, count in merged_by_method(plan).items()]),
         *labelled("dropped", _dropped(plan)),
@@ -80,6 +81,10 @@ def _input(model: PlanInput, tensors: int) -> str:
     revision = f" at {model.revision}" if model.revision else ""
     stored = format_size(sum(file.nbytes for file in model.files))
     return f"{model.key}{role}: {model.text}{revision} ({plural(tensors, 'tensor')}, {stored})"
+
+
+def _statistics(one: PlanInput) -> str:
+    return f"{one.key}: {one.text} ({format_size(sum(file.nbytes for file in one.files))})"
 
 
 def _dropped(plan: Plan) -> list[str]:

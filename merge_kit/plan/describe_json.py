@@ -35,6 +35,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         "dtypes": dict(plan.dtypes),
         "bill": _value(plan.bill, files),
         "inputs": [_input(model) for model in plan.inputs],
+        "statistics": [_input(one) for one in plan.statistics],
         "shards": [_shard(shard) for shard in plan.shards],
         "side_files": _value(plan.side_files, files),
         "layer_map": _value(plan.layer_map, files),

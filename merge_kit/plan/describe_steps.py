@@ -107,8 +107,8 @@ def _value(value: object) -> str:
 
 
 def file_keys(plan: Plan) -> dict[Path, str]:
-    """Return `input-1/model.safetensors` for the path of each weight file of the inputs."""
-    return {file.path: f"{model.key}/{file.name}" for model in plan.inputs for file in model.files}
+    """Return `input-1/model.safetensors` for the path of each file that is read."""
+    return {file.path: f"{model.key}/{file.name}" for model in plan.read for file in model.files}
 
 
 def origin(source: Source, files: Mapping[Path, str]) -> str:

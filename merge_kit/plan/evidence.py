@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from merge_kit.core.dtypes import is_float
-from merge_kit.errors import CheckpointError, MergeKitError, MismatchError
+from merge_kit.errors import CheckpointError, MergeKitError, MismatchError, raise_all
 from merge_kit.io.strict_json import shown
 from merge_kit.methods.base import MergeMethod
 from merge_kit.methods.evidence import operand_name
@@ -20,6 +21,8 @@ from merge_kit.plan.values import PlanInput
 from merge_kit.recipe.lookup import lookup
 from merge_kit.recipe.values import Mark, ModelRef
 
+T = TypeVar("T")
+R = TypeVar("R")
 Aux = tuple[tuple[str, Source], ...]
 
 _PARAMETER = "statistics"
@@ -63,22 +66,20 @@ class Evidence:
             MergeKitError: If a file is missing or broken, lacks what it should have, or does not
                 fit. What holds for a whole file is said alike for every tensor.
         """
-        pairs = []
-        for text, part in zip(getattr(method, _PARAMETER), inputs, strict=True):
-            found = self._find(text, _mark(item, part))
-            pairs.append(_Pair(found, part, found.stored_name(part.name)))
-        for pair in pairs:
-            _refuse_strange(pair, _KINDS[method.statistics_of])
-        if method.statistics_of == "inputs" and not any(pair.stored for pair in pairs):
+        kind = _KINDS[method.statistics_of]
+        named = zip(getattr(method, _PARAMETER), inputs, strict=True)
+        pairs = _each(lambda one: self._pair(item, one[0], one[1], kind), named)
+        if kind == "gram" and not any(pair.stored for pair in pairs):
             return ()
-        for pair in pairs:
-            if pair.stored is None:
-                raise _lacking(pair, pairs, method)
-        elementwise = method.statistics_of == "elements"
-        return tuple(
-            _of_elements(i, pair) if elementwise else _of_inputs(i, pair, pairs[0])
-            for i, pair in enumerate(pairs)
-        )
+        _each(lambda pair: _refuse_lacking(pair, pairs, kind), pairs)
+        make = _of_elements if kind == "fisher" else _of_inputs
+        return tuple(_each(lambda one: make(one[0], one[1], pairs[0]), enumerate(pairs)))
+
+    def _pair(self, item: Item, text: str, part: Part, kind: str) -> _Pair:
+        found = self._find(text, _mark(item, part))
+        pair = _Pair(found, part, found.stored_name(part.name))
+        _refuse_strange(pair, kind)
+        return pair
 
     def _find(self, text: str, mark: Mark) -> Statistics:
         if text not in self._by_text:
@@ -119,13 +120,24 @@ class Evidence:
     def as_values(self) -> tuple[PlanInput, ...]:
         """Return the files as the plan shows them."""
         rows = []
-        for real, one in self._by_path.items():
+        for one in self._by_path.values():
             checkpoint = one.model.checkpoint
             assert checkpoint is not None
             text = next(t for t, s in self._by_text.items() if s is one)
-            del real
             rows.append(PlanInput(one.key, checkpoint.name, text, checkpoint.root, one.files))
         return tuple(rows)
+
+
+def _each(make: Callable[[T], R], items: Iterable[T]) -> list[R]:
+    """Return what is made of each item, or raise what is wrong with all of them."""
+    made, errors = [], []
+    for item in items:
+        try:
+            made.append(make(item))
+        except MergeKitError as error:
+            errors.append(error)
+    raise_all(errors)
+    return made
 
 
 def _mark(item: Item, part: Part) -> Mark:
@@ -153,8 +165,10 @@ def _refuse_strange(pair: _Pair, kind: str) -> None:
         )
 
 
-def _lacking(pair: _Pair, pairs: Sequence[_Pair], method: MergeMethod) -> MergeKitError:
-    """Return an error that lists what a file lacks for its model, or of what other files have."""
+def _refuse_lacking(pair: _Pair, pairs: Sequence[_Pair], kind: str) -> None:
+    """Refuse a file without the tensor; list all that it lacks, or all of what other files have."""
+    if pair.stored is not None:
+        return
     one, model = pair.statistics, pair.part.model
     others = [other.statistics for other in pairs if other.stored is not None]
     wanted = [
@@ -162,11 +176,11 @@ def _lacking(pair: _Pair, pairs: Sequence[_Pair], method: MergeMethod) -> MergeK
         for name, held in model.tensors.items()
         if is_float(held.spec.dtype)
         and one.stored_name(name) is None
-        and (method.statistics_of == "elements" or any(s.stored_name(name) for s in others))
+        and (kind == "fisher" or any(s.stored_name(name) for s in others))
     ] or [pair.part.name]
     more = ", ..." if len(wanted) > _SHOWN else ""
-    beside = "" if method.statistics_of == "elements" else f" that {others[0].label} has"
-    return MismatchError(
+    beside = "" if kind == "fisher" else f" that {others[0].label} has"
+    raise MismatchError(
         f"lacks statistics for {len(wanted)} tensors of {model.label}{beside}: "
         f"{', '.join(wanted[:_SHOWN])}{more}",
         where=pair.where,
@@ -175,7 +189,8 @@ def _lacking(pair: _Pair, pairs: Sequence[_Pair], method: MergeMethod) -> MergeK
     )
 
 
-def _of_elements(index: int, pair: _Pair) -> tuple[str, Source]:
+def _of_elements(index: int, pair: _Pair, first: _Pair) -> tuple[str, Source]:
+    del first
     wanted = pair.part.model.tensors[pair.part.name].spec.shape
     return operand_name(index), _checked(pair, wanted)
 
