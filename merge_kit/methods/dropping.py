@@ -13,11 +13,16 @@ from merge_kit.core.tensors import BLOCK
 from merge_kit.errors import ParameterError
 from merge_kit.methods import noise
 from merge_kit.methods.base import PerModel
+from merge_kit.methods.lazy import np
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from merge_kit.methods.base import MergeMethod, Slab
+
+
+RUN = 2 * BLOCK
+"""Elements that are dropped at once: they stay in the cache."""
 
 
 def fill(method: MergeMethod, models: int) -> None:
@@ -54,11 +59,11 @@ def drop(row: Tensor, density: float, key: noise.Key, offset: int) -> Tensor:
     """
     if density == 1:
         return row
-    for start in range(0, row.numel(), BLOCK):  # short runs stay in the cache
-        part = row[start : start + BLOCK]
+    values = row.numpy()
+    for start in range(0, len(values), RUN):
+        part = values[start : start + RUN]
         at = offset + start
-        mask, _ = noise.keep(key, density, at, at + part.numel())
-        part.mul_(mask.to(row.dtype))
+        np.multiply(part, noise.kept(key, density, at, at + len(part)), out=part)
     return row
 
 

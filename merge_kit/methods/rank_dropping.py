@@ -77,16 +77,15 @@ def drop_by_rank(
     """
     columns = len(probabilities)
     below, bits = noise.thresholds(probabilities)
-    factors = torch.from_numpy(2.0**bits / below.astype(np.float64)).to(row.dtype)
+    factors = 2.0**bits / below.astype(np.float64) if rescale else np.ones(columns)
+    factors = factors.astype(row.numpy().dtype)
     step = max(1, BLOCK // columns) * columns
     for start in range(0, row.numel(), step):
         part = row[start : start + step].view(-1, columns)
         at = offset + start
         drawn = noise.draws(key, at, at + part.numel(), bits).reshape(part.shape)
-        kept = noise.floats(drawn < below).to(row.dtype)  # by rank
-        if rescale:
-            kept.mul_(factors)
-        part.mul_(torch.empty_like(part).scatter_(1, ascending(part), kept))
+        by_rank = torch.from_numpy((drawn < below) * factors)
+        part.mul_(torch.empty_like(part).scatter_(1, ascending(part), by_rank))
     return row
 
 

@@ -152,8 +152,8 @@ def oracle(weights, densities, deltas, base, factor=1.0):
     """DARE by its equation, in float64; masks alone are taken from the package."""
     total, mass = base.double().clone(), base.double().abs()
     for i, (w, p, delta) in enumerate(zip(weights, densities, deltas, strict=True)):
-        mask, exact = noise.keep((0, "dare", i, "x"), p, 0, len(base))
-        term = factor * w * mask.double() * delta.double() / exact
+        mask = torch.from_numpy(noise.kept((0, "dare", i, "x"), p, 0, len(base))).double()
+        term = factor * w * mask * delta.double() / noise.probability(p)
         total, mass = total + term, mass + term.abs()
     return total, mass
 
