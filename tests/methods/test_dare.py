@@ -135,13 +135,16 @@ def test_masks_do_not_depend_on_slabs_or_on_other_models():
     assert torch.equal(first, with_nothing)
 
 
-def test_slabs_and_threads_change_no_bit(tmp_path):
-    base, *models = (torch.randn(3, BLOCK + 13) for _ in range(3))
+@pytest.mark.parametrize("count", [2, 8])
+def test_slabs_and_threads_change_no_bit(tmp_path, count):
+    base, *models = (torch.randn(3, BLOCK + 13) for _ in range(count + 1))
     ground = stored(tmp_path, "base", base)
     sources = [stored(tmp_path, f"m{i}", m) for i, m in enumerate(models)]
-    method = linear([0.5, 0.75], [0.3, 0.01])
+    densities = [0.3, 0.01] * (count // 2)
+    method = linear([0.5 + i / count for i in range(count)], densities)
+    one = step(method, sources, base=ground, compute="F64" if count > 4 else None)
     results = [
-        run([step(method, sources, base=ground)], tmp_path / f"{b}{w}", blocks=b, workers=w)["x"]
+        run([one], tmp_path / f"{b}{w}", blocks=b, workers=w)["x"]
         for b, w in ((1, 1), (3, 2), (2, 2))
     ]
     assert all(torch.equal(results[0], other) for other in results[1:])

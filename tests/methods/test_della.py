@@ -139,13 +139,16 @@ def test_draws_belong_to_seed_model_and_tensor():
         assert abs(float((one == other).sum()) - 2048) < 5 * 32
 
 
-def test_slabs_and_threads_change_no_bit(tmp_path):
-    base, *models = (torch.randn(60, 5_003) for _ in range(3))
+@pytest.mark.parametrize("count", [2, 8])
+def test_slabs_and_threads_change_no_bit(tmp_path, count):
+    base, *models = (torch.randn(60, 5_003) for _ in range(count + 1))
     ground = stored(tmp_path, "base", base)
     sources = [stored(tmp_path, f"m{i}", m) for i, m in enumerate(models)]
-    method = linear([0.5, 0.75], [0.3, 0.6], [0.1, 0.2])
+    half = count // 2
+    method = linear([0.5 + i / count for i in range(count)], [0.3, 0.6] * half, [0.1, 0.2] * half)
+    one = step(method, sources, base=ground, compute="F64" if count > 4 else None)
     results = [
-        run([step(method, sources, base=ground)], tmp_path / f"{b}{w}", blocks=b, workers=w)["x"]
+        run([one], tmp_path / f"{b}{w}", blocks=b, workers=w)["x"]
         for b, w in ((1, 1), (3, 2), (2, 2))
     ]
     assert all(torch.equal(results[0], other) for other in results[1:])
