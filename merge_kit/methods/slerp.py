@@ -4,26 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import sin
 from typing import TYPE_CHECKING, ClassVar
 
 from merge_kit.methods import ops
+from merge_kit.methods.arcs import coefficients
 from merge_kit.methods.base import Grain, Law, MergeMethod, Scan, Scans, Slab
 from merge_kit.methods.reductions import Angle
 from merge_kit.methods.registry import register
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-
-def coefficients(theta: float | None, t: float) -> tuple[float, float]:
-    """Return the factors of both ends of an arc of angle theta, at t.
-
-    Linear for zero vectors (theta None), and where sin(theta) <= 1e-6 (parallel or opposite).
-    """
-    if theta is None or sin(theta) <= 1e-6:
-        return 1 - t, t
-    return sin((1 - t) * theta) / sin(theta), sin(t * theta) / sin(theta)
 
 
 @register("slerp")
