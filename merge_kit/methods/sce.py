@@ -31,9 +31,10 @@ class SCE(MergeMethod):
 
     Selected are the int(select_topk * v) elements of largest variance over the models, v the
     number of elements whose variance is not zero; of equal variances the first. select_topk 1
-    selects all, also those in which the models agree. An element that is not selected, or in which
-    no model has the elected sign, is the base's. Deltas that are all zero give the base. One model
-    has no variance and nothing to select from: unless select_topk is 0 the result is that model.
+    selects all, also those in which the models agree. An element that is not selected is the
+    base's: all of them in a tensor of which int() leaves none. Deltas that are all zero give the
+    base. One model has no variance and nothing to select from: unless select_topk is 0 the result
+    is that model.
 
     Scope: a tensor. Vote: by the sum of the selected deltas, unweighted; a sum of zero counts as
     positive. Normalisation: by the weights of the models that agree, element by element.
@@ -41,8 +42,9 @@ class SCE(MergeMethod):
     Differences: mergekit weighs models equally if their mean squares sum to less than 1e-6, so
     that small task vectors lose the method, and divides by at least 1e-6, so that an element that
     only a light model changed comes out too small; with select_topk below 1 it gives the base for
-    one model; which of equal variances it selects is left to chance. The authors' code weighs by
-    selected deltas but merges all of them; their paper merges the selected ones, as here.
+    one model; its variances are in the dtype of the tensors, 16 bits of which make many equal, and
+    which of those it selects is left to chance. The authors' code weighs by selected deltas but
+    merges all of them; their paper merges the selected ones, as here.
 
     Attributes:
         select_topk: Share of the elements that differ between models that is selected, in [0, 1].
@@ -95,7 +97,7 @@ class SCE(MergeMethod):
         if len(slab.deltas) == 1:
             return slab.deltas[0].add_(slab.base)
         if self.select_topk < 1:
-            slab.deltas.mul_(chosen(slab, scans["cut"]))
+            slab.deltas.mul_(chosen(slab, scans["cut"][0]))
         most = max(scans["energies"])
         if most == 0:
             return slab.base.clone()
@@ -137,4 +139,4 @@ def _spread(slab: Slab, scans: Scans) -> list[Tensor]:
 
 
 def _selected(slab: Slab, scans: Scans) -> list[Tensor]:
-    return [chosen(slab, scans["cut"]), *slab.deltas] if len(slab.deltas) else []
+    return [chosen(slab, scans["cut"][0]), *slab.deltas] if len(slab.deltas) else []
