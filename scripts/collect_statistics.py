@@ -17,7 +17,7 @@ gram: for the weight of each linear layer the matrix X^T X / tokens of the input
 Layers that are given the same input (q, k and v) share one matrix. A layer whose weight is also an
 embedding is left out, and so is what no input reaches.
 
-The file has tensors named as the model's parameters, float32. Its metadata are: `statistics`,
+The file has tensors named as in the model's files, float32. Its metadata are: `statistics`,
 "fisher" or "gram"; `shared`, JSON {name: name under which its statistics stand}; `transposed`, a
 JSON list of weights that are (inputs, outputs), as in GPT-2; `examples` and `tokens`.
 """
@@ -28,12 +28,13 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import log_softmax
@@ -47,13 +48,19 @@ class CollectError(Exception):
 
 @dataclass(frozen=True)
 class Collected:
-    """Statistics by name, in float32, and what the file's metadata say of them."""
+    """Statistics by name, in float32, and what the file's metadata say of them.
+
+    Attributes:
+        left_out: Weights of linear layers without statistics.
+        unknown: Names that the model's files do not have.
+    """
 
     kind: str
     tensors: dict[str, Tensor]
     shared: dict[str, str] = field(default_factory=dict)
     transposed: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
+    unknown: tuple[str, ...] = ()
 
     def save(self, path: Path, examples: Sequence[Tensor]) -> None:
         """Write the file."""
@@ -197,6 +204,27 @@ def _batches(examples: Sequence[Tensor], size: int) -> Iterator[Tensor]:
     yield from map(torch.stack, parts)
 
 
+def named_as_stored(found: Collected, model: nn.Module, folder: Path) -> Collected:
+    """Return statistics under the names of the model's files, which may lack a prefix."""
+    stored: set[str] = set()
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            stored.update(file.keys())
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+
+    def name(parameter: str) -> str:
+        short = parameter.removeprefix(prefix)
+        return short if parameter not in stored and short in stored else parameter
+
+    return replace(
+        found,
+        tensors={name(key): values for key, values in found.tensors.items()},
+        shared={name(key): name(other) for key, other in found.shared.items()},
+        transposed=tuple(map(name, found.transposed)),
+        unknown=tuple(key for key in map(name, found.tensors) if stored and key not in stored),
+    )
+
+
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -229,8 +257,9 @@ def collect(arguments: argparse.Namespace) -> Collected:
         model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32)
     except (OSError, ValueError) as exc:
         raise CollectError(f"cannot read model or text: {exc}") from exc
-    options = {name: getattr(arguments, name) for name in ("samples", "length", "lines")}
-    examples = read_examples(text, tokenizer, **options)
+    longest = getattr(model.config, "max_position_embeddings", None) or arguments.length
+    length, samples = min(arguments.length, longest), arguments.samples
+    examples = read_examples(text, tokenizer, samples=samples, length=length, lines=arguments.lines)
     if arguments.kind == "fisher":
         found = fisher(model, examples, empirical=arguments.empirical, seed=arguments.seed)
     else:
@@ -238,6 +267,7 @@ def collect(arguments: argparse.Namespace) -> Collected:
     bad = [name for name, values in found.tensors.items() if not values.isfinite().all()]
     if bad:
         raise CollectError(f"not finite: {', '.join(bad[:5])}; is the model?")
+    found = named_as_stored(found, model, arguments.model)
     try:
         found.save(arguments.output, examples)
     except OSError as exc:
@@ -254,8 +284,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(exc, file=sys.stderr)
         return 3
     print(f"{arguments.output}: {len(found.tensors)} tensors, {len(found.shared)} names share one")
-    if found.left_out:
-        print(f"left out: {', '.join(found.left_out)}")
+    for what, names in (("left out", found.left_out), ("not in MODEL's files", found.unknown)):
+        if names:
+            print(f"{what}: {', '.join(names)}")
     return 0
 
 

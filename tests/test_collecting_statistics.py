@@ -197,6 +197,22 @@ def test_weights_of_inputs_by_outputs_are_merged_by_their_equation(tmp_path):
     assert torch.allclose(merged[key].double(), wanted, atol=1e-6)
 
 
+def test_names_are_those_of_the_models_files(tmp_path):
+    """GPT-2's files may leave out the prefix that its parameters have with a head."""
+    model, examples = gpt2(), texts(1, 5)
+    model.transformer.save_pretrained(tmp_path)
+    found = collecting.named_as_stored(collecting.gram(model, examples), model, tmp_path)
+    assert "h.0.attn.c_attn.weight" in found.tensors
+    assert "h.0.attn.c_attn.weight" in found.transposed
+    assert found.unknown == ()
+    evidence = collecting.fisher(model, examples)
+    del evidence.tensors["transformer.wte.weight"]
+    evidence.tensors["other"] = torch.ones(1)
+    found = collecting.named_as_stored(evidence, model, tmp_path)
+    assert found.shared == {"lm_head.weight": "wte.weight"}
+    assert found.unknown == ("other",)
+
+
 def test_text_is_packed_without_padding():
     tokenizer = AutoTokenizer.from_pretrained(DEMO / "add")
     options = {"samples": 3, "length": 4, "lines": False}

@@ -25,9 +25,11 @@ _LEAST, _MOST = 1e-37, 1e37  # what float32 holds with all its digits
 class Fisher(MergeMethod):
     """Average each parameter by how much each model's data say about it (Fisher merging).
 
-    out = sum(w_i F_i x_i) / sum(w_i F_i), element by element, where F_i is the diagonal of the
-    Fisher information of model i, from a file, first divided by its root mean square over the
-    whole model (normalize_fisher), then raised to floor where it is less
+    out = sum(w_i F_i x_i) / sum(w_i F_i), element by element
+
+    F_i is the diagonal of the Fisher information of model i, from a file. It is first divided by
+    its root mean square over the whole model (normalize_fisher), then raised to floor where it is
+    less.
 
     The statistics file is a safetensors file (or a folder of them) with one tensor for each
     tensor of the model: same name, same shape, float, no value below 0.

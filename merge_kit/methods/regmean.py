@@ -21,16 +21,20 @@ if TYPE_CHECKING:
 class RegMean(MergeMethod):
     """Merge linear layers so that each input gets about the output its own model gives (RegMean).
 
-    out = (sum(w_i W_i G_i)) (sum(w_i G_i))^-1 for a weight W_i of (outputs, inputs), where
-    G_i = X_i^T X_i / tokens is the Gram matrix of the inputs that the layer sees in model i, from
-    a file, with everything off its diagonal multiplied by scale_off_diagonal
+    out = (sum(w_i W_i G_i)) (sum(w_i G_i))^-1
+    G_i = X_i^T X_i / tokens, off its diagonal times scale_off_diagonal
 
-    That is the least squares solution of out X_i = W_i X_i over all models. It is computed as
-    mean + (sum(w_i (W_i - mean) G_i)) (S + ridge diag(S))^-1, S = sum(w_i G_i), mean the weighted
-    mean: the same where ridge is 0. So weights that are equal stay as they are to the last bit,
-    inputs that no model has seen get the plain mean, and ridge pulls towards it what hardly any
-    input tells. Where S has no inverse (ridge 0), its pseudo-inverse does: directions that are
-    lost in the rounding of float32 get the plain mean.
+    For a weight W_i of (outputs, inputs), G_i is the Gram matrix of the inputs X_i that the layer
+    sees in model i, from a file. So out X_i^T comes closest to W_i X_i^T, in squares over all
+    models and tokens. It is computed as
+
+    out = mean + (sum(w_i (W_i - mean) G_i)) (S + ridge diag(S))^-1
+    S = sum(w_i G_i), mean = sum(w_i W_i), the w_i divided by their sum
+
+    With ridge 0 that is the same. Weights that are equal stay as they are to the last bit, inputs
+    that no model has seen get the plain mean, and a ridge pulls towards it what hardly any input
+    tells. Where S has no inverse (ridge 0), its pseudo-inverse takes its place: directions that
+    are lost in the rounding of float32 get the plain mean.
 
     The statistics file is a safetensors file (or a folder of them) with a matrix (inputs, inputs)
     under the name of the weight. scripts/collect_statistics.py makes it. Metadata `shared`, a
