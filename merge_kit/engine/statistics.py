@@ -121,6 +121,8 @@ def gather(
     """
     due, sampling = passes.due(), passes.sampling
     gathered = {s.name: s.reduction.accumulator(passes.carry(s)) for s in due}
+    assert step.method is not None
+    views = {scan.name: scan.of for scan in step.method.scans()}  # a group's steps have their own
     name, elements = step.outputs[0].key, step_elements(step)
     spans = samples(step, span, passes.thinning) if sampling else [span]
     for start, stop in (slab for one in spans for slab in slabs(step, one, scanning=True)):
@@ -134,7 +136,8 @@ def gather(
         if not sampling:
             kernel.check_finite(slab)
         for scan in due:
-            values = slab.tensors if scan.of is None else scan.of(slab, passes.results)
+            view = views[scan.name]
+            values = slab.tensors if view is None else view(slab, passes.results)
             gathered[scan.name].add(values, place)
     return gathered
 

@@ -224,9 +224,14 @@ def keep_top(row: Tensor, cut: Cut, slab: Slab) -> Tensor:
         cut: Found by a scan of the tensor, or of the model, that holds the slab.
         slab: Says where the row lies.
     """
+    return keep_largest(row, cut, slab.name, slab.offset)
+
+
+def keep_largest(row: Tensor, cut: Cut, tensor: str, offset: int) -> Tensor:
+    """Set to zero, in place, what a cut does not select of the elements from `offset` on."""
     if cut.threshold == 0.0:
         return row
-    at = min(max(cut.index_in(slab.name) - slab.offset, 0), row.numel())
+    at = min(max(cut.index_in(tensor) - offset, 0), row.numel())
     if at:
         _shrink(row[:at], below(cut.threshold, row))
     if at < row.numel():

@@ -12,7 +12,7 @@ from importlib.metadata import entry_points
 from typing import Any, TypeVar
 
 from merge_kit.core.names import nearest
-from merge_kit.errors import PlanError
+from merge_kit.errors import ParameterError, PlanError
 from merge_kit.methods.base import MergeMethod, PerModel
 
 _METHODS: dict[str, type[MergeMethod]] = {}
@@ -75,6 +75,7 @@ class Parameter:
         required: Whether there is no default.
         default: The default; None where it is required, or where None means "not given".
         optional: Whether None (not given) is a value of its own.
+        choices: The texts that it may be; empty for any.
     """
 
     name: str
@@ -84,6 +85,15 @@ class Parameter:
     required: bool
     default: Any
     optional: bool
+    choices: tuple[str, ...] = ()
+
+    def problem(self, value: object) -> ParameterError | None:
+        """Return what is wrong with a value that is none of the choices."""
+        if not self.choices or value is None or value in self.choices:
+            return None
+        hint = nearest(str(value), self.choices)
+        problem = f"is {value!r}, expected {' or '.join(self.choices)}"
+        return ParameterError(self.name, problem, hint=hint)
 
 
 def _hint(method: type[MergeMethod], name: str) -> Any:
@@ -108,11 +118,13 @@ def _parameters(method: type[MergeMethod]) -> Iterator[Parameter]:
             hint, default = hint.__args__[0], entry.metadata.get("default", MISSING)
         kinds = [k for k in getattr(hint, "__args__", (hint,)) if k is not type(None)]
         kind = kinds[0] if isinstance(kinds[0], type) else str
+        choices = tuple(c for k in kinds for c in getattr(k, "__args__", (k,)) if kind is str)
         optional = type(None) in getattr(hint, "__args__", ())
         required = default is MISSING
         name = entry.name.rstrip("_")
         shown = None if required else default
-        yield Parameter(name, entry.name, kind, per_model, required, shown, optional)
+        texts = tuple(c for c in choices if isinstance(c, str))
+        yield Parameter(name, entry.name, kind, per_model, required, shown, optional, texts)
 
 
 @cache

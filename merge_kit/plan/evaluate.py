@@ -10,7 +10,7 @@ from merge_kit.methods.base import MergeMethod, PerModel
 from merge_kit.methods.registry import Parameter, find, parameters
 from merge_kit.plan.items import Item, Part
 from merge_kit.recipe.lookup import coerce, lookup
-from merge_kit.recipe.values import Mark
+from merge_kit.recipe.values import Mark, Scalar
 
 
 class Evaluator:
@@ -60,7 +60,7 @@ class Evaluator:
             found = lookup(wanted.name, levels, part.stands_for or part.name, item.t)
             if found is not None:
                 marks[wanted.name] = found[1]
-                values.append(coerce(found[0], wanted.kind, found[1]))
+                values.append(_checked(wanted, found))
             elif wanted.required:
                 raise RecipeError(
                     f"{item.method} needs {wanted.name!r} for {part.model.label}",
@@ -75,7 +75,7 @@ class Evaluator:
         found = lookup(wanted.name, item.levels, item.name, item.t)
         if found is not None:
             marks[wanted.name] = found[1]
-            return coerce(found[0], wanted.kind, found[1])
+            return _checked(wanted, found)
         if wanted.required:
             raise RecipeError(
                 f"{item.method} needs {wanted.name!r}",
@@ -83,6 +83,15 @@ class Evaluator:
                 hint=f"add parameters: {{{wanted.name}: ...}} to the recipe",
             )
         return wanted.default
+
+
+def _checked(wanted: Parameter, found: tuple[Scalar, Mark]) -> Scalar:
+    """Return a value of the parameter's type, one of its choices if it has any."""
+    value = coerce(found[0], wanted.kind, found[1])
+    error = wanted.problem(value)
+    if error is not None:
+        raise RecipeError(error.problem, where=str(found[1]), hint=error.hint)
+    return value
 
 
 def _split(kind: type[MergeMethod], item: Item) -> tuple[Part | None, tuple[Part, ...]]:
