@@ -19,8 +19,8 @@ PIECE = 8192
 MOST_VECTORS = 4096
 """Vectors that are looked at together, at most."""
 
-SCRATCH_BYTES = 64 * BLOCK
-"""Bytes that `turn` takes, at most: eight runs of a block in float64."""
+SCRATCH_BYTES = 88 * BLOCK
+"""Bytes that `turn` takes, at most: ten runs of a block in float64, and a list of angles."""
 
 
 def coefficients(theta: float | None, t: float) -> tuple[float, float]:

@@ -85,7 +85,7 @@ class ModelStock(MergeMethod):
         """Return the bytes of the rows whose dot products are taken together."""
         if not self.filter_wise:
             return 4 * elements
-        return 8 * (BLOCK * (models + 1) + arcs.MOST_VECTORS * (models + 8))
+        return 8 * (2 * BLOCK * (models + 1) + arcs.MOST_VECTORS * (models + 8))
 
 
 def _summed(rows: Sequence[Tensor] | Tensor, ratio: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import fsum, isfinite
+from math import fsum
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from merge_kit.errors import ParameterError
@@ -83,16 +83,16 @@ class Rescale(MergeMethod):
             weights = mixing.shares(weights, "normalize")
         sizes = [self._size(spread) for spread in scans["spreads"]]
         models = sizes if slab.base is None else sizes[1:]
-        reference = sizes[0] if self.to == "base" else _mean([s for s in models if s])
+        reference = sizes[0] if self.to == "base" else _mean([size for size in models if size > 0])
         factors = [_ratio(reference, size) for size in models]
         return mixing.weighted_sum(
             slab.tensors, [w * f for w, f in zip(weights, factors, strict=True)]
         )
 
     def _size(self, spread: Spread) -> float:
-        """Return the size, 0.0 for none."""
+        """Return the size, 0.0 for none, NaN if elements are not finite."""
         size = spread.norm if self.by == "norm" else spread.std
-        return size if isfinite(size) and size > _SHORTEST else 0.0
+        return 0.0 if size <= _SHORTEST else size
 
 
 def _with_base(slab: Slab, scans: Scans) -> list[Tensor]:
@@ -105,4 +105,4 @@ def _mean(sizes: Sequence[float]) -> float:
 
 
 def _ratio(reference: float, size: float) -> float:
-    return reference / size if reference and size else 1.0
+    return reference / size if reference and size > 0 else 1.0

@@ -22,7 +22,9 @@ CONSTANT = 1e-12
 
 @dataclass(frozen=True, slots=True)
 class Spread:
-    """Of the elements of one row; all zero if there are none.
+    """Of the elements of one row; NaN if they are not finite, 0.0 if there are none.
+
+    Also 0.0 where squares do not fit float64.
 
     Attributes:
         norm: Square root of the sum of squares.
@@ -94,7 +96,7 @@ def _joined(
 
 
 def _spread(count: int, mean: float, squares: float) -> Spread:
-    if not count or not squares < inf:
+    if not count or squares == inf:
         return Spread(0.0, 0.0)
     norm, std = sqrt(squares + mean * mean * count), sqrt(squares / count)
     return Spread(norm, std if std > CONSTANT * norm / sqrt(count) else 0.0)

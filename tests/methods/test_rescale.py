@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from merge_kit.core.tensors import BLOCK
-from merge_kit.errors import ParameterError
+from merge_kit.errors import NonFiniteError, ParameterError
 from merge_kit.methods.base import PerModel
 from merge_kit.methods.reductions import CHUNK, Done, Place
 from merge_kit.methods.rescale import Rescale
@@ -115,6 +115,13 @@ def test_sizes_far_apart_stay_finite(tmp_path, sizes):
 def test_squares_beyond_float64_leave_models_as_they_are(tmp_path):
     models = [torch.tensor([x, 3.0], dtype=torch.float64) for x in (1e200, 3e200)]
     assert merged(make(1.0, 1.0), models, None, tmp_path).tolist() == pytest.approx([2e200, 3])
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_a_base_that_is_not_finite_does_not_pass_in_silence(tmp_path, number):
+    models, base = [[2.0, 0.0], [0.0, 6.0]], [number, 1.0]
+    with pytest.raises(NonFiniteError):
+        merged(make(1.0, 1.0, to="base"), models, base, tmp_path)
 
 
 def test_spreads_of_chunks_are_those_of_the_whole():
