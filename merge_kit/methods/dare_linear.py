@@ -33,7 +33,8 @@ class DareLinear(MergeMethod):
     their magnitudes) cannot be normalised and are an error.
 
     Differences: mergekit divides by the share of the tensor's L1 norm that happened to stay, which
-    is biased: of [1, 10, 100, 1000] at density 0.5 it gives [74, 146, 296, 526] on average.
+    is biased: of [1, 10, 100, 1000] at density 0.5 it gives [74, 146, 296, 526] on average. It
+    does not normalise weights that cancel. The paper rescales as here.
 
     Attributes:
         weight: Weight of each task vector, any finite number.
@@ -51,7 +52,7 @@ class DareLinear(MergeMethod):
     takes_base: ClassVar[bool] = True
     operates_on: ClassVar = "deltas"
     min_inputs: ClassVar[int] = 0
-    error_factor: ClassVar[float] = 2.0  # the subtraction rounds too
+    error_factor: ClassVar[float] = 3.0  # the subtraction and 1/p round too
     laws: ClassVar[Mapping[Law, float]] = {"single": 2.0**-23, "copies_of_base": 0.0}
 
     weight: PerModel[float]
@@ -73,8 +74,5 @@ class DareLinear(MergeMethod):
         if not any(self.weight):
             return slab.base.clone()
         factor = self.lambda_ / (ops.total_weight(self.weight) if self.normalize else 1.0)
-        weights = [w * factor for w in self.weight]
-        if self.rescale:
-            weights = dropping.rescaled(weights, self.density)
-        dropping.drop_all(slab, self.density)
-        return ops.weighted_sum(slab.deltas, weights, slab.base)
+        dropping.drop_all(slab, self.density, rescale=self.rescale)
+        return ops.weighted_sum(slab.deltas, [w * factor for w in self.weight], slab.base)

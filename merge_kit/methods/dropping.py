@@ -48,42 +48,34 @@ def check_densities(densities: Sequence[float]) -> None:
             )
 
 
-def drop(row: Tensor, density: float, key: noise.Key, offset: int) -> Tensor:
+def drop(
+    row: Tensor, density: float, key: noise.Key, offset: int, *, rescale: bool = True
+) -> Tensor:
     """Keep each element of a row with probability `density`, in place, the others become zero.
 
     Args:
         row: (elements,).
-        density: In [0, 1]; the exact probability is `noise.probability(density)`.
+        density: In [0, 1]; 0 keeps nothing, 1 everything.
         key: Names the random numbers.
         offset: Index of the first element in the flattened tensor.
+        rescale: Whether to divide what is kept by its exact probability.
     """
     if density == 1:
         return row
+    stretch = 1 / noise.probability(density) if rescale and density else 1.0
     values = row.numpy()
-    for start in range(0, len(values), RUN):
-        part = values[start : start + RUN]
-        at = offset + start
-        np.multiply(part, noise.kept(key, density, at, at + len(part)), out=part)
+    with np.errstate(invalid="ignore"):  # infinity: the engine looks for it in the result
+        for start in range(0, len(values), RUN):
+            part = values[start : start + RUN]
+            at = offset + start
+            np.multiply(part, noise.kept(key, density, at, at + len(part)), out=part)
+            if stretch != 1.0:
+                row[start : start + RUN].mul_(stretch)
     return row
 
 
-def drop_all(slab: Slab, densities: Sequence[float]) -> None:
-    """Drop elements of each model of a slab at random, in place."""
+def drop_all(slab: Slab, densities: Sequence[float], *, rescale: bool) -> Slab:
+    """Drop elements of each model of a slab at random, in place, and return the slab."""
     for i, (row, density) in enumerate(zip(slab.deltas, densities, strict=True)):
-        drop(row, density, _key(slab, i), slab.offset)
-
-
-def dropped(slab: Slab, densities: Sequence[float]) -> list[Tensor]:
-    """Return the models of a slab as `drop_all` leaves them, in copies."""
-    pairs = enumerate(zip(slab.deltas, densities, strict=True))
-    return [drop(row.clone(), density, _key(slab, i), slab.offset) for i, (row, density) in pairs]
-
-
-def _key(slab: Slab, model: int) -> noise.Key:
-    return (slab.seed, "dare", model, slab.name)
-
-
-def rescaled(weights: Sequence[float], densities: Sequence[float]) -> list[float]:
-    """Return the weights divided by the exact probabilities of keeping an element."""
-    chances = [noise.probability(density) for density in densities]
-    return [w / p if p else w for w, p in zip(weights, chances, strict=True)]
+        drop(row, density, (slab.seed, "dare", i, slab.name), slab.offset, rescale=rescale)
+    return slab

@@ -12,6 +12,7 @@ from merge_kit.core.tensors import BLOCK
 from merge_kit.errors import ParameterError
 from merge_kit.methods import noise
 from merge_kit.methods.base import PerModel
+from merge_kit.methods.della import Della
 from merge_kit.methods.della_linear import DellaLinear
 from merge_kit.methods.rank_dropping import chances
 from merge_kit.methods.task_arithmetic import TaskArithmetic
@@ -21,6 +22,12 @@ from tests.methods.slabs import slab_of
 
 def linear(weights, densities, epsilons, **more) -> DellaLinear:
     return DellaLinear(
+        weight=PerModel(weights), density=PerModel(densities), epsilon=PerModel(epsilons), **more
+    )
+
+
+def voted(weights, densities, epsilons, **more) -> Della:
+    return Della(
         weight=PerModel(weights), density=PerModel(densities), epsilon=PerModel(epsilons), **more
     )
 
@@ -163,11 +170,10 @@ def test_every_shape_is_merged(shape):
     assert torch.isfinite(merged).all()
 
 
-def oracle(weights, densities, epsilons, deltas, base, variant):
-    """DELLA by its equation, in float64, row by row; draws alone are taken from the package."""
-    total, mass = base.double().clone(), base.double().abs()
-    rows, columns = base.shape
-    for i, (w, p, eps) in enumerate(zip(weights, densities, epsilons, strict=True)):
+def pruned(densities, epsilons, deltas, variant):
+    """Yield task vectors as the equation leaves them; draws alone are taken from the package."""
+    rows, columns = deltas[0].shape
+    for i, (p, eps) in enumerate(zip(densities, epsilons, strict=True)):
         delta = deltas[i].double()
         r = torch.from_numpy(
             np.argsort(np.argsort(delta.abs().numpy(), axis=1, kind="stable"), axis=1)
@@ -180,9 +186,7 @@ def oracle(weights, densities, epsilons, deltas, base, variant):
         drawn = noise.draws((0, "della", i, "x"), 0, rows * columns, bits).astype(np.float64)
         by_rank = torch.from_numpy(drawn).view(rows, columns) / 2**bits
         kept = (torch.gather(by_rank, 1, r.long()) < q).double()
-        term = w * kept * delta / q
-        total, mass = total + term, mass + term.abs()
-    return total.flatten(), mass.flatten()
+        yield kept * delta / q
 
 
 @pytest.mark.parametrize("variant", ["mergekit", "paper"])
@@ -197,12 +201,71 @@ def test_within_law_4_of_the_oracle(shape, dtype, variant):
     method = linear(*values, variant=variant)
     merged = method.merge(slab_of(deltas, base.flatten(), shape=shape), {})
     assert merged.dtype == dtype
-    wanted, mass = oracle(*values, deltas, base, variant)
+    rows = [w * row for w, row in zip(values[0], pruned(*values[1:], deltas, variant), strict=True)]
+    mass = base.double().abs() + sum(row.abs() for row in rows)
+    error = (merged.double() - (base.double() + sum(rows)).flatten()).abs()
     ulp = 2.0**-22 if dtype == torch.float32 else 2.0**-51
-    assert torch.all((merged.double() - wanted).abs() <= ulp * method.error_factor * mass)
+    assert torch.all(error <= ulp * method.error_factor * mass.flatten())
 
 
-METHODS = [DellaLinear]
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("variant", ["mergekit", "paper"])
+def test_della_within_law_4_of_the_oracle(variant, normalize):
+    generator = torch.Generator().manual_seed(2)
+    base, *deltas = (torch.randn(700, 97, generator=generator) for _ in range(4))
+    values = [0.3, -1.8, 1.0], [0.3, 0.5, 0.7], [0.125, 0.499, 0.2]
+    method = voted(*values, variant=variant, normalize=normalize, lambda_=0.7)
+    merged = method.merge(slab_of(deltas, base.flatten(), shape=base.shape), {})
+    rows = [w * row for w, row in zip(values[0], pruned(*values[1:], deltas, variant), strict=True)]
+    total = sum(rows)
+    sign = torch.where(total >= 0, 1.0, -1.0)
+    agree = [(row * sign > 0).double() for row in rows]
+    shares = sum(abs(w) * a for w, a in zip(values[0], agree, strict=True))
+    divisor = shares.clamp_min(0.1) if normalize else 1.0
+    wanted = base.double() + 0.7 * sum(a * r for a, r in zip(agree, rows, strict=True)) / divisor
+    mass = base.abs() + sum(a * r.abs() for a, r in zip(agree, rows, strict=True)) / divisor
+    close_call = total.abs() < 2.0**-20 * sum(row.abs() for row in rows)  # either sign will do
+    assert close_call.double().mean() < 0.01
+    error = (merged.double().view(base.shape) - wanted).abs()
+    allowed = 2.0**-22 * method.error_factor * mass
+    assert torch.all((error <= allowed) | close_call)
+
+
+def test_what_is_kept_votes_by_weight_and_size(drawn):
+    """In rows of one element each what is kept is doubled: [2, 0, -2] and [-16, -16, 16]."""
+    drawn([0, 65_535, 0], [0, 0, 0])
+    deltas = [[1.0, 5.0, -1.0], [-8.0, -8.0, 8.0]]
+    base = torch.full((3,), 100.0)
+    slab = slab_of(deltas, base, shape=(3, 1))
+    averaged = voted([1.0, 2.0], [0.5, 0.5], [0.1, 0.1], lambda_=0.5)
+    assert averaged.merge(slab, {}).tolist() == [92.0, 92.0, 108.0]
+    slab = slab_of(deltas, base, shape=(3, 1))
+    summed = voted([1.0, 2.0], [0.5, 0.5], [0.1, 0.1], normalize=False)
+    assert summed.merge(slab, {}).tolist() == [68.0, 68.0, 132.0]
+
+
+def test_della_keeps_what_della_linear_keeps():
+    deltas = torch.randn(1, 1000)
+    one = voted([1.0], [0.3], [0.1]).merge(slab_of(deltas), {})
+    assert torch.equal(one, linear([1.0], [0.3], [0.1]).merge(slab_of(deltas), {}))
+
+
+def test_a_negative_weight_removes_what_it_alone_has():
+    slab = slab_of([[3.0], [5.0]])
+    merged = voted([-1.0, 2.0], [1.0, 0.0], [0.1, 0.1]).merge(slab, {})
+    assert merged.tolist() == [-3.0]
+
+
+@pytest.mark.parametrize("method", [linear, voted])
+def test_what_is_not_finite_is_not_dropped(method):
+    """A mask of zeros would hide it; the engine finds it in the result."""
+    for large in (torch.nan, torch.inf, 3e38):  # without a warning
+        slab = slab_of([torch.full((200,), large)])
+        merged = method([1.0], [0.1], [0.05]).merge(slab, {})
+        assert not merged.isfinite().all()
+
+
+METHODS = [DellaLinear, Della]
 
 
 @pytest.mark.parametrize("method", METHODS)
