@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
+from merge_kit.core.tensors import BLOCK
 from merge_kit.methods.base import Grain, Law, MergeMethod, Scan, Scans, Slab
 from merge_kit.methods.divergence import importance
 from merge_kit.methods.lazy import torch
@@ -72,9 +73,9 @@ class ArceeFusion(MergeMethod):
         return other.add_(taken.neg_().add_(1).mul_(slab.base))
 
     def scratch_bytes(self, models: int, elements: int) -> int:
-        """Return the bytes of importances and, for one row, of its distributions."""
+        """Return the bytes of importances and a mask, and of distributions if it is one row."""
         del models
-        return 88 * elements
+        return 96 * elements + 32 * BLOCK
 
 
 def _importance(slab: Slab, scans: Scans) -> list[Tensor]:

@@ -96,5 +96,6 @@ class RAMPlusTL(MergeMethod):
         return total.div_(count.clamp_min_(1)).add_(slab.base)
 
     def scratch_bytes(self, models: int, elements: int) -> int:
-        """Return the bytes of counts, of a factor, and of masks."""
-        return (24 + models) * elements
+        """Return the bytes of the count, of two masks, and of a factor."""
+        del models
+        return 32 * elements

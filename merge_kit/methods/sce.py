@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
+from merge_kit.core.tensors import BLOCK
 from merge_kit.errors import ParameterError
 from merge_kit.methods.base import Law, MergeMethod, Scan, Scans, Slab
 from merge_kit.methods.lazy import torch
@@ -101,13 +102,20 @@ class SCE(MergeMethod):
         most = max(scans["energies"])
         if most == 0:
             return slab.base.clone()
-        shares = [max(one / most, _LEAST_WEIGHT) if one else 0.0 for one in scans["energies"]]
+        shares = [_share(one, most) for one in scans["energies"]]
         return _agreeing(slab.deltas, shares).add_(slab.base)
 
     def scratch_bytes(self, models: int, elements: int) -> int:
         """Return the bytes of a sign, a sum and a mask, of variances and what they are made of."""
-        wide = 8 if self.select_topk == 1 else 24
-        return (wide + 4 * models + 16) * elements
+        del models
+        return (24 if self.select_topk == 1 else 48) * elements + 32 * BLOCK
+
+
+def _share(energy: float, most: float) -> float:
+    """Return the weight of a model, that of the largest energy being 1."""
+    if energy == most:
+        return 1.0  # of float64 it may be infinite
+    return max(energy / most, _LEAST_WEIGHT) if energy else 0.0
 
 
 def _agreeing(rows: Tensor, weights: Sequence[float]) -> Tensor:

@@ -93,6 +93,16 @@ def test_what_only_a_light_model_changed_is_taken_whole(tmp_path, small):
     assert result.tolist() == pytest.approx([1.0, small], rel=1e-6)
 
 
+@pytest.mark.parametrize("share", [1.0, 0.5])
+def test_squares_that_overflow_leave_finite_weights(tmp_path, share):
+    """All weigh the same; float64 squares of 1e200 are infinite."""
+    models = torch.tensor([[1e200, 3e200], [3e200, -1e200], [1e200, 2e200]], dtype=torch.float64)
+    base = torch.zeros(2, dtype=torch.float64)
+    result = sce(tmp_path, base, models.unbind(), dtype="F64", select_topk=share)
+    assert torch.isfinite(result).all()
+    assert share < 1 or result.tolist() == pytest.approx([5e200 / 3, 2.5e200])
+
+
 def test_a_sum_of_zero_counts_as_positive(tmp_path):
     assert sce(tmp_path, [1.0], [[3.0], [-1.0]]).tolist() == [3.0]
 
