@@ -15,7 +15,7 @@ from merge_kit.plan.values import Step
 
 Gathered = dict[str, Accumulator]
 
-SAMPLE = 2048
+SAMPLE = 4096
 """Elements of one run of a sample of a tensor."""
 
 MOST_RUNS = 8192
@@ -157,14 +157,14 @@ def samples(step: Step, span: tuple[int, int], thinning: int = 0) -> list[tuple[
     assert step.method is not None
     grain = step.method.residency()
     unit = row_elements(step) if grain == "row" else 1
-    length = SAMPLE // 4 if thinning else SAMPLE
+    length = SAMPLE // 8 if thinning else SAMPLE
     run = max(1, length // unit) * unit
-    if total <= (run if thinning else 32 * SAMPLE) or grain == "tensor":
+    if total <= (run if thinning else 16 * SAMPLE) or grain == "tensor":
         return [span]
     if thinning:
         count = -(-total // (thinning * BLOCK))
     else:
-        count = min(max(48, total // (8 * BLOCK)), 400, total // (2 * run))
+        count = min(max(16, total // (32 * BLOCK)), 200, total // (2 * run))
         if count < 8:
             return [span]
     stretch = total // count // unit * unit

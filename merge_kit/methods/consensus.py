@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 Elect = Literal["mass", "count"]
 Merge = Literal["mean", "sum", "max"]
 
-PIECE = 131_072
+PIECE = 262_144
 """Elements that are worked on at once: several rows of them stay in the cache."""
 
 
@@ -29,10 +29,10 @@ def signs(rows: Rows, weights: Sequence[float], elect: Elect) -> Tensor:
             whatever their size. Where nobody wins, the sign is 1.
     """
     del weights
-    vote = torch.sign if elect == "count" else torch.clone
-    total = vote(rows[0])
-    for row in rows[1:]:
-        total.add_(row if elect == "mass" else torch.sign(row))
+    votes = rows if elect == "mass" else [torch.sign(row) for row in rows]
+    total = votes[0].clone() if len(votes) == 1 else votes[0] + votes[1]
+    for vote in votes[2:]:
+        total.add_(vote)
     return torch.ge(total, 0.0, out=total).mul_(2.0).sub_(1.0)
 
 
@@ -70,10 +70,17 @@ def disjoint(
 
 def _divisor(agreeing: Sequence[Tensor], shares: Sequence[float]) -> Tensor:
     """Return the sum of the shares of what is above zero; where nothing is, a number above zero."""
-    total = torch.zeros_like(agreeing[0])
-    mask = torch.empty_like(total)
+    total, mask = torch.zeros(0), None
     for row, share in zip(agreeing, shares, strict=True):
-        if share:
-            torch.sign(row, out=mask)
-            total.add_(mask if share == 1.0 else mask.mul_(share))
-    return total.clamp_min_(min((share for share in shares if share), default=1.0))
+        if not share:
+            continue
+        mask = torch.sign(row) if mask is None else torch.sign(row, out=mask)
+        if share != 1.0:
+            mask.mul_(share)
+        if total.numel():
+            total.add_(mask)
+        else:
+            total, mask = mask, None
+    if not total.numel():
+        return torch.ones_like(agreeing[0])
+    return total.clamp_min_(min(share for share in shares if share))

@@ -30,7 +30,7 @@ CANDIDATES = 6_000_000
 FEWEST = 200_000
 """Elements that may be collected for each cut, however many there are."""
 
-PIECE = 131_072
+PIECE = 262_144
 """Elements that are looked at together."""
 
 ALL = 2**62
