@@ -19,14 +19,14 @@ if TYPE_CHECKING:
 class DareLinear(MergeMethod):
     """Drop elements of task vectors at random, rescale the others, and add up (DARE).
 
-    out = base + lambda * sum(w_i m_i d_i / p_i), divided by sum(w_i) if normalize is true,
-    with d_i = x_i - base, and m_i = 1 with probability p_i for each element by itself, else 0
+    out = base + lambda * sum(w_i m_i d_i / p_i), over sum(w_i) if normalize is true
+    d_i = x_i - base; m_i = 1 with probability p_i, else 0
 
-    The probability p_i is `density` rounded to a multiple of 2^-16 (2^-32 within 2^-8 of 0 or 1),
-    and what is kept is divided by exactly that: the expected value of each element is that of the
-    whole task vector. Which elements are kept depends on the run's seed, the position of the model
-    among the models (the base not counted), the name of the tensor, and the element. Density 0
-    keeps nothing, 1 everything without rescaling. dare_ties keeps the same elements.
+    Each element is drawn by itself. p_i is `density` rounded to a multiple of 2^-16 (2^-32 within
+    2^-8 of 0 or 1), and what is kept is divided by exactly that: the expected value of each element
+    is that of the whole task vector. Which elements are kept depends on the run's seed, the
+    position of the model among the models (the base not counted), the name of the tensor, and the
+    element. Density 0 keeps nothing, 1 everything. dare_ties keeps the same elements.
 
     Scope: each element by itself. Vote: none. Normalisation: the sum of the weights, off.
     Weights that are all zero give the base; others that cancel (a sum within 1e-6 of the sum of

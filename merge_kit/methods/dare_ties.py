@@ -23,16 +23,17 @@ if TYPE_CHECKING:
 class DareTies(MergeMethod):
     """Drop elements of task vectors at random, rescale the others, and vote on signs (DARE, TIES).
 
-    out = base + lambda * sum(w_i e_i) over the models that agree, divided by the sum of their
-    |w_i| if normalize is true, with e_i = m_i d_i / p_i, d_i = x_i - base, and m_i = 1 with
-    probability p_i for each element by itself, else 0. A model agrees where w_i e_i is not zero
-    and has the sign of sum(w_j e_j); a sum of zero counts as positive
+    e_i = m_i (x_i - base) / p_i; m_i = 1 with probability p_i, else 0
+    s = sign(sum(w_i e_i)); A = the models whose w_i e_i has the sign s
+    out = base + lambda * sum over A of w_i e_i,
+          divided by sum over A of |w_i| if normalize is true
 
-    The probability p_i is `density` rounded to a multiple of 2^-16 (2^-32 within 2^-8 of 0 or 1),
-    and what is kept is divided by exactly that: the expected value of e_i is d_i. Which elements
-    are kept depends on the run's seed, the position of the model among the models (the base not
-    counted), the name of the tensor, and the element. Density 0 keeps nothing, 1 everything without
-    rescaling. dare_linear keeps the same elements.
+    Each element is drawn by itself. p_i is `density` rounded to a multiple of 2^-16 (2^-32 within
+    2^-8 of 0 or 1), and what is kept is divided by exactly that: the expected value of e_i is the
+    task vector. Which elements are kept depends on the run's seed, the position of the model among
+    the models (the base not counted), the name of the tensor, and the element. Density 0 keeps
+    nothing, 1 everything. dare_linear keeps the same elements. A sum of zero counts as plus; an
+    element that nobody keeps stays the base's.
 
     Scope: each element by itself; with `variant: paper` the whole model. Vote: by weight and size.
     Normalisation: by the weights of the models that agree, element by element, off.
@@ -43,8 +44,8 @@ class DareTies(MergeMethod):
     vector of negative weight is added where it alone has a say. `variant: paper` is what the
     authors do: e_i, then all of TIES, `ties` with `variant: paper` and the density `ties_density`:
     of each e_i the largest elements of the whole model are kept (everything, if fewer are left than
-    that), the vote has no weights, and the mean divides by the number of those that agree, whatever
-    normalize says.
+    that), the vote has no weights (but for their signs), and the mean divides by the number of
+    those that agree, whatever normalize says.
 
     Attributes:
         weight: Weight of each task vector, any finite number.

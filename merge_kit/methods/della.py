@@ -20,19 +20,21 @@ if TYPE_CHECKING:
 class Della(MergeMethod):
     """Drop small elements of task vectors more often than large ones, rescale, and vote on signs.
 
-    out = base + lambda * sum(w_i e_i) over the models that agree, divided by the sum of their
-    |w_i| if normalize is true, with e_i = m_i d_i / q_i, d_i = x_i - base, and m_i = 1 with
-    probability q_i for each element by itself, else 0. A model agrees where w_i e_i is not zero
-    and has the sign of sum(w_j e_j); a sum of zero counts as positive
+    e_i = m_i (x_i - base) / q_i; m_i = 1 with probability q_i, else 0
+    q = density - epsilon + 2 epsilon r / (c - 1)
+    s = sign(sum(w_i e_i)); A = the models whose w_i e_i has the sign s
+    out = base + lambda * sum over A of w_i e_i,
+          divided by sum over A of |w_i| if normalize is true
 
-    q = density - epsilon + 2 epsilon r / (c - 1), with r = 0 .. c - 1 the rank of the element's
-    magnitude in its row of c elements (the last axis; a 1-d tensor is one row, and a row of one
-    element has q = density); of equal magnitudes the first has the lower rank. q is rounded to
-    multiples of 2^-16 (2^-32 if one is within 2^-8 of 0 or 1), and what is kept is divided by
-    exactly that: the expected value of e_i is d_i. Draws depend on the run's seed, the position of
-    the model among the models (the base not counted), the name of the tensor, the row, and the
-    rank. Density 0 keeps nothing, 1 everything without rescaling. della_linear keeps the same
-    elements.
+    Each element is drawn by itself, and r is the rank of its magnitude in its row of c elements
+    (the last axis; a 1-d tensor is one row, and a row of one element has the probability density):
+    0 for the smallest, c - 1 for the largest, and of equal magnitudes the first has the lower rank.
+    q is rounded to multiples of 2^-16 (2^-32 if one is within 2^-8 of 0 or 1), and what is kept is
+    divided by exactly that: the expected value of each element is that of the task vector. Draws
+    depend on the run's seed, the position of the model among the models (the base not counted), the
+    name of the tensor, the row, and the rank. Density 0 keeps nothing, 1 everything.
+    della_linear keeps the same elements. A sum of zero counts as plus; an element that nobody keeps
+    stays the base's.
 
     Scope: each row by itself. Vote: by weight and size. Normalisation: by the weights of the models
     that agree, element by element, on.
@@ -40,8 +42,9 @@ class Della(MergeMethod):
     Differences: mergekit does not divide by q but by the share of the tensor's L1 norm that
     happened to stay, which is biased, and normalises by the sum of w_i, not of |w_i|, so that a
     task vector of negative weight is added where it alone has a say. `variant: paper` differs in
-    epsilon only, which is the whole window, in steps of epsilon / c: q = density + epsilon / 2 -
-    epsilon (c - 1 - r) / c. (The paper has no weights; with equal ones vote and mean are as there.)
+    epsilon only, which is the whole window, in steps of epsilon / c: there
+    q = density + epsilon / 2 - epsilon (c - 1 - r) / c. (The paper has no weights; with equal ones
+    vote and mean are as there.)
 
     Attributes:
         weight: Weight of each task vector, any finite number.

@@ -19,16 +19,17 @@ if TYPE_CHECKING:
 class DellaLinear(MergeMethod):
     """Drop small elements of task vectors more often than large ones, rescale, and add up.
 
-    out = base + lambda * sum(w_i m_i d_i / q_i), divided by sum(w_i) if normalize is true,
-    with d_i = x_i - base, and m_i = 1 with probability q_i for each element by itself, else 0
+    out = base + lambda * sum(w_i m_i d_i / q_i), over sum(w_i) if normalize is true
+    d_i = x_i - base; m_i = 1 with probability q_i, else 0
+    q = density - epsilon + 2 epsilon r / (c - 1)
 
-    q = density - epsilon + 2 epsilon r / (c - 1), with r = 0 .. c - 1 the rank of the element's
-    magnitude in its row of c elements (the last axis; a 1-d tensor is one row, and a row of one
-    element has q = density); of equal magnitudes the first has the lower rank. q is rounded to
-    multiples of 2^-16 (2^-32 if one is within 2^-8 of 0 or 1), and what is kept is divided by
-    exactly that: the expected value of each element is that of the whole task vector. Draws depend
-    on the run's seed, the position of the model among the models (the base not counted), the name
-    of the tensor, the row, and the rank. Density 0 keeps nothing, 1 everything without rescaling.
+    Each element is drawn by itself, and r is the rank of its magnitude in its row of c elements
+    (the last axis; a 1-d tensor is one row, and a row of one element has the probability density):
+    0 for the smallest, c - 1 for the largest, and of equal magnitudes the first has the lower rank.
+    q is rounded to multiples of 2^-16 (2^-32 if one is within 2^-8 of 0 or 1), and what is kept is
+    divided by exactly that: the expected value of each element is that of the task vector. Draws
+    depend on the run's seed, the position of the model among the models (the base not counted), the
+    name of the tensor, the row, and the rank. Density 0 keeps nothing, 1 everything.
     della keeps the same elements.
 
     Scope: each row by itself. Vote: none. Normalisation: the sum of the weights, off.
@@ -37,7 +38,7 @@ class DellaLinear(MergeMethod):
 
     Differences: mergekit does not divide by q but by the share of the tensor's L1 norm that
     happened to stay, which is biased. `variant: paper` differs in epsilon only, which is the whole
-    window, in steps of epsilon / c: q = density + epsilon / 2 - epsilon (c - 1 - r) / c.
+    window, in steps of epsilon / c: there q = density + epsilon / 2 - epsilon (c - 1 - r) / c.
 
     Attributes:
         weight: Weight of each task vector, any finite number.
