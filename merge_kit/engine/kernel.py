@@ -93,7 +93,7 @@ class Kernel:
         """
         if self.allow_nonfinite:
             return
-        for row in slab.tensors:
+        for row in (*slab.tensors, *(() if slab.base is None else (slab.base,))):
             total = float(row.sum())
             if total - total != 0 and nonfinite(row):  # perhaps only the sum is not finite
                 raise NotFinite

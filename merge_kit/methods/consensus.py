@@ -84,3 +84,33 @@ def _divisor(agreeing: Sequence[Tensor], shares: Sequence[float]) -> Tensor:
     if not total.numel():
         return torch.ones_like(agreeing[0])
     return total.clamp_min_(min(share for share in shares if share))
+
+
+def voted(
+    rows: Tensor,
+    factors: Sequence[float],
+    weights: Sequence[float],
+    base: Tensor,
+    lambda_: float,
+    *,
+    normalize: bool,
+) -> Tensor:
+    """Return base + lambda times the disjoint merge of task vectors; overwrites the rows.
+
+    Args:
+        rows: (models, elements), at least one.
+        factors: What each task vector is multiplied by.
+        weights: What a mean divides by, in magnitude.
+        normalize: Whether to take the mean, and not the sum.
+    """
+    for start in range(0, rows.shape[1], PIECE):
+        piece = [row[start : start + PIECE] for row in rows]
+        for row, factor in zip(piece, factors, strict=True):
+            if factor != 1.0:
+                row.mul_(factor)
+        sign = signs(piece, weights, "mass")
+        merged = disjoint(piece, weights, sign, "mean" if normalize else "sum")
+        if lambda_ != 1.0:
+            merged.mul_(lambda_)
+        merged.add_(base[start : start + PIECE])
+    return rows[0]

@@ -40,23 +40,27 @@ ALL = 2**62
 class Top:
     """A number of the largest elements, as shares of them.
 
-    k = sum of int(share * n), at least `least` if any share is above 0, at most n.
+    k = sum of int(share * n), at least `least` if any share is above 0, at most n; less
+    int(without * n).
 
     Attributes:
         shares: Each in [0, 1].
         least: Fewest elements.
         of_nonzero: Whether n counts only elements that are not zero.
+        without: Share that is taken off again, at most one of `shares`.
     """
 
     shares: tuple[float, ...]
     least: int = 0
     of_nonzero: bool = False
+    without: float = 0.0
 
     def count(self, elements: int, nonzero: int) -> int:
         """Return k."""
         n = nonzero if self.of_nonzero else elements
         k = sum(int(share * n) for share in self.shares)
-        return min(n, max(k, self.least if any(self.shares) else 0))
+        k = min(n, max(k, self.least if any(self.shares) else 0))
+        return k - int(self.without * n)
 
 
 @dataclass(frozen=True, slots=True)

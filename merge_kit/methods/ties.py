@@ -90,17 +90,19 @@ class Ties(MergeMethod):
         """Return the cuts, the L1 norms if they are restored, and the paper's majority."""
         scope = self.scope or ("model" if self.variant == "paper" else "tensor")
         cuts = trimming.cut_scan(self.density, scope)
-        lengths = [trimming.length_scan(self.density)] if self.rescale and cuts else []
+        uses = tuple(scan.name for scan in cuts)
+        lengths = [trimming.length_scan(self._trimmed, uses)] if self.rescale and cuts else []
         if self.variant != "paper" or not self.weight:
             return [*cuts, *lengths]
-        uses = tuple(scan.name for scan in cuts)
         # the elected signs of all tensors, where the whole model is ranked
         votes = Scan("majority", Sum(), of=self._elected, uses=uses, scope=scope)
         return [*cuts, *lengths, votes]
 
+    def _trimmed(self, slab: Slab, scans: Scans) -> list[Tensor]:
+        return trimming.trimmed(slab, self.density, scans)
+
     def _elected(self, slab: Slab, scans: Scans) -> list[Tensor]:
-        rows = trimming.trimmed(slab, self.density, scans)
-        return [torch.sign(self._votes(rows))]
+        return [torch.sign(self._votes(self._trimmed(slab, scans)))]
 
     def _votes(self, rows: Sequence[Tensor]) -> Tensor:
         """Return the paper's vote: the sum of task vectors, turned around by negative weights."""
@@ -117,9 +119,7 @@ class Ties(MergeMethod):
         rows = slab.deltas
         if not any(self.weight):
             return slab.base.clone()
-        stretches = [1.0] * len(rows)
-        if trimming.LENGTHS in scans:
-            stretches = trimming.stretches(scans, len(rows))
+        stretches = trimming.stretches(scans, len(rows))
         for start in range(0, rows.shape[1], consensus.PIECE):
             piece = [row[start : start + consensus.PIECE] for row in rows]
             trimming.trim(piece, self.density, scans, slab.name, slab.offset + start)

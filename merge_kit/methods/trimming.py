@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Literal
 
 from merge_kit.methods import order
 from merge_kit.methods.base import Scan
-from merge_kit.methods.dropping import check_densities
 from merge_kit.methods.lazy import torch
 from merge_kit.methods.order import MagnitudeAt, Top
 from merge_kit.methods.reductions import Sum
@@ -16,6 +15,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from merge_kit.methods.base import Scans, Slab
+
+    Prune = Callable[[Slab, Scans], Sequence[Tensor]]
 
 Scope = Literal["tensor", "model"]
 CUTS, LENGTHS = "cuts", "lengths"
@@ -55,31 +56,24 @@ def trimmed(slab: Slab, densities: Sequence[float], scans: Scans) -> list[Tensor
     return rows
 
 
-def length_scan(densities: Sequence[float]) -> Scan:
-    """Return the scan of each task vector's L1 norm, whole and trimmed: (2 * models,)."""
+def length_scan(prune: Prune, uses: tuple[str, ...]) -> Scan:
+    """Return the scan of each task vector's L1 norm, whole and pruned: (2 * models,).
+
+    Args:
+        prune: Returns the pruned task vectors of a slab, in copies.
+        uses: The scans that it reads.
+    """
 
     def both(slab: Slab, scans: Scans) -> list[Tensor]:
-        rows = [*slab.deltas, *trimmed(slab, densities, scans)]
-        return [torch.abs(row) for row in rows]
+        return [torch.abs(row) for row in (*slab.deltas, *prune(slab, scans))]
 
-    uses = (CUTS,) if cut_scan(densities, "tensor") else ()
     return Scan(LENGTHS, Sum(), of=both, uses=uses)
 
 
 def stretches(scans: Scans, models: int) -> list[float]:
-    """Return the factors that give trimmed task vectors their L1 norms back."""
+    """Return the factors that give pruned task vectors their L1 norms back, 1 if not scanned."""
+    if LENGTHS not in scans:
+        return [1.0] * models
     found = scans[LENGTHS].tolist()
     pairs = zip(found[:models], found[models:], strict=True)
     return [whole / left if left else 1.0 for whole, left in pairs]
-
-
-__all__ = [
-    "CUTS",
-    "Scope",
-    "check_densities",
-    "cut_scan",
-    "length_scan",
-    "stretches",
-    "trim",
-    "trimmed",
-]
