@@ -71,10 +71,21 @@ class Bench:
         """Return the share of each expert's gain that these losses keep."""
         shares = {}
         for skill, loss in losses.items():
-            base = self.losses(self.models["base"], [skill], test=test)[skill]
-            expert = self.losses(self.models[skill], [skill], test=test)[skill]
+            base, expert = _ends(self, skill, test)
             shares[skill] = (base - loss) / (base - expert)
         return shares
+
+
+_ENDS: dict[tuple[str, bool], tuple[float, float]] = {}
+
+
+def _ends(bench: Bench, skill: str, test: bool) -> tuple[float, float]:  # noqa: FBT001
+    """Return the losses of base and expert on a skill, measured once."""
+    if (skill, test) not in _ENDS:
+        pair = (bench.models["base"], bench.models[skill])
+        base, expert = (bench.losses(model, [skill], test=test)[skill] for model in pair)
+        _ENDS[skill, test] = base, expert
+    return _ENDS[skill, test]
 
 
 def text() -> Text:
@@ -163,9 +174,11 @@ def keep_curves(bench: Bench) -> dict[str, list[float]]:
     """Return the share of its gain that each expert keeps with its largest changes only."""
     return {
         skill: [
-            bench.kept(bench.losses(merged(bench, "magnitude", [skill], {"density": d}), [skill]))[
-                skill
-            ]
+            bench.kept(
+                bench.losses(
+                    merged(bench, "magnitude", [skill], {"weight": 1.0, "density": d}), [skill]
+                )
+            )[skill]
             for d in KEEP
         ]
         for skill in SKILLS
@@ -178,7 +191,7 @@ def drop_curves(bench: Bench, *, rescale: bool) -> dict[str, list[float]]:
     for skill in SKILLS:
         curves[skill] = []
         for share in DROP:
-            parameters = {"density": 1 - share, "rescale": rescale}
+            parameters = {"weight": 1.0, "density": 1 - share, "rescale": rescale}
             runs = [
                 merged(bench, "dare_linear", [skill], {**parameters, "seed": seed})
                 for seed in range(SEEDS)
@@ -199,13 +212,9 @@ def collect(folder: Path) -> Path | None:
         source = folder / f"{skill}.txt"
         source.write_text("\n".join(lines), encoding="utf-8")
         for kind in ("fisher", "gram"):
-            command = [sys.executable, str(ROOT / "scripts" / f"collect_{kind}.py")]
-            command += [
-                str(DEMO / skill),
-                str(source),
-                "-o",
-                str(folder / f"{kind}-{skill}.safetensors"),
-            ]
+            script, out = ROOT / "scripts" / "collect_statistics.py", folder / f"{kind}-{skill}"
+            command = [sys.executable, script, kind, DEMO / skill, source]
+            command += ["-o", out.with_suffix(".safetensors"), "--lines"]
             subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     return folder
 
