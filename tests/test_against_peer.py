@@ -38,8 +38,24 @@ UNIT = {
 """Rounding of a dtype, times what the peer's arithmetic in that dtype adds to it."""
 
 
-def llama(folder: Path, seed: int, *, layers=4, dtype=torch.float32, tied=False, near=None):
-    """Write a small random Llama and return its tensors; `near` is what it is a fine-tune of."""
+def llama(  # noqa: PLR0913
+    folder: Path,
+    seed: int,
+    *,
+    layers=4,
+    dtype=torch.float32,
+    tied=False,
+    near=None,
+    size=1e-2,
+    scale=1.0,
+):
+    """Write a small random Llama and return its tensors.
+
+    Args:
+        near: What it is a fine-tune of.
+        size: Size of the changes of a fine-tune.
+        scale: Factor on everything.
+    """
     generator = torch.Generator().manual_seed(seed)
     shapes = {"model.embed_tokens": (WORDS, WIDTH), "model.norm": (WIDTH,)}
     shapes |= {} if tied else {"lm_head": (WORDS, WIDTH)}
@@ -52,8 +68,8 @@ def llama(folder: Path, seed: int, *, layers=4, dtype=torch.float32, tied=False,
     tensors = {}
     for name, shape in shapes.items():
         values = torch.randn(shape, generator=generator)
-        values = values if near is None else near[f"{name}.weight"] + 1e-2 * values
-        tensors[f"{name}.weight"] = values.to(dtype)
+        values = values if near is None else near[f"{name}.weight"] + size * values
+        tensors[f"{name}.weight"] = (scale * values).to(dtype)
     settings = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -76,8 +92,21 @@ def models(tmp_path_factory):
     root = tmp_path_factory.mktemp("models")
     base = llama(root / "base", 0)
     llama(root / "fine", 9, near=base)
+    for seed, name in enumerate(("fa", "fb", "fc"), start=31):
+        llama(root / name, seed, near=base)
+    common = llama(root / "kin", 40, near=base)
+    for seed, name in enumerate(("ka", "kb", "kc"), start=41):
+        llama(root / name, seed, near=common, size=3e-3)
+    tiny = [llama(root / "ta", 51, near=base, size=1e-4)]
+    llama(root / "tb", 52, near=tiny[0], size=3e-5)
+    llama(root / "tc", 53, near=base, size=4e-4)
+    small = llama(root / "tiny-base", 54, near=base, size=0.0, scale=1e-6)
+    llama(root / "tiny-a", 55, near=small, size=3e-7)
+    llama(root / "base2", 0)
+    llama(root / "nil", 0, scale=0.0)
     for seed, name in enumerate("abc", start=1):
         llama(root / name, seed)
+    llama(root / "minus-a", 1, scale=-1.0)
     for name, seed, layers in (("long", 4, 6), ("long2", 14, 6), ("one", 5, 1), ("one2", 15, 1)):
         llama(root / name, seed, layers=layers)
     for name, seed in (("tied", 6), ("tied2", 7)):
@@ -101,15 +130,19 @@ def peer(models, tmp_path_factory):
     return out, json.loads((out / "errors.json").read_text())
 
 
-def distance(ours, theirs) -> float:
-    """Return the largest difference of two models, in units of each tensor's rounding."""
+def distance(ours, theirs, least=1.0) -> float:
+    """Return the largest difference of two models, in units of each tensor's rounding.
+
+    Args:
+        least: Size of the terms that cancel in what is smaller; 0 if nothing cancels.
+    """
     if {n: (t.dtype, t.shape) for n, t in ours.items()} != {
         n: (t.dtype, t.shape) for n, t in theirs.items()
     }:
         return float("inf")
     worst = 0.0
     for name, tensor in theirs.items():
-        scale = max(1.0, float(tensor.double().abs().max()))
+        scale = max(least, float(tensor.double().abs().max())) or 1.0
         apart = float((tensor.double() - ours[name].double()).abs().max())
         worst = max(worst, float("inf") if isnan(apart) else apart / scale / UNIT[tensor.dtype])
     return worst
@@ -157,4 +190,4 @@ def test_what_differs_on_purpose_does_differ(models, peer, name):
         ours = merge(DIFFERENT[name], models)
     except MergeKitError:
         return  # refused here
-    assert distance(ours, load_file(out / name / "model.safetensors")) > 1
+    assert distance(ours, load_file(out / name / "model.safetensors"), 0.0) > 1

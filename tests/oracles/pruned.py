@@ -39,19 +39,25 @@ def largest(deltas: Sequence[Array], density: float) -> list[Mask]:
 
 
 def without_outliers(delta: Array, density: float, gamma: float) -> Mask:
-    """Return the int(density n) largest after the int(gamma n) largest; all at density 1."""
+    """Return the int(density n) largest after the int(gamma n) largest; all at density 1.
+
+    Where both together are more than all, fewer of the largest are left out.
+    """
     if density == 1:
         return np.ones(delta.shape, bool)
-    skipped = int(gamma * delta.size)
-    return chosen([delta], skipped, skipped + int(density * delta.size))[0]
+    keep = int(density * delta.size)
+    skipped = min(int(gamma * delta.size), delta.size - keep)
+    return chosen([delta], skipped, skipped + keep)[0]
 
 
-def rows_without_outliers(delta: Array, keep: float, remove: float) -> Mask:
+def rows_without_outliers(delta: Array, density: float, gamma: float) -> Mask:
     """Return the authors' rule for breadcrumbs: by row, the largest of what is left."""
-    rows = delta.reshape(-1, delta.shape[-1] if delta.ndim else 1)
-    columns = rows.shape[1]
-    first = int(columns * remove)
-    masks = [chosen([row], first, first + int(columns * keep))[0] for row in rows]
+    if delta.ndim == 0 or delta.size == 0:
+        return np.ones(delta.shape, bool)
+    rows = delta.reshape(-1, delta.shape[-1])
+    first = int(gamma * rows.shape[1])
+    last = first + int(density * rows.shape[1])
+    masks = [chosen([row], first, last)[0] for row in rows]
     return np.array(masks, bool).reshape(delta.shape)
 
 

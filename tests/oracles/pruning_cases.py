@@ -13,7 +13,7 @@ from tests.oracles import pruned
 from tests.oracles.case import SIGNED, Case
 from tests.oracles.inputs import WEIGHTS, Inputs, Oracle
 from tests.oracles.pruned import Vote
-from tests.oracles.values import DOUBT, Array, Wanted, added
+from tests.oracles.values import DOUBT, Array, Mask, Wanted, added
 from tests.toys import merge
 
 DENSITIES = (0.3, 0.55, 0.1, 0.9, 0.25, 0.7, 0.5, 0.4)
@@ -90,13 +90,15 @@ def matched(scales: Callable[[Inputs], Masks]) -> Callable[[Inputs], Masks]:
     return of_all
 
 
-def crumbs(gamma: float) -> Callable[[Inputs], Masks]:
+def crumbs(
+    gamma: float, rule: Callable[..., Mask] = pruned.without_outliers
+) -> Callable[[Inputs], Masks]:
     """Drop the largest, keep the next largest."""
 
     def of_all(inputs: Inputs) -> Masks:
         return {
             name: [
-                pruned.without_outliers(d, density, gamma).astype(float)
+                rule(d, density, gamma).astype(float)
                 for d, density in zip(deltas(inputs, name), DENSITIES, strict=False)
             ]
             for name in inputs.names
@@ -295,6 +297,18 @@ PRUNING: dict[str, Case] = {
         pruning(crumbs(0.1), SIGNED, 0.5, MEAN),
         {"normalize": True, "gamma": 0.1, "lambda": 0.5},
         dense(SIGNED),
+    ),
+    "breadcrumbs-paper": Case(
+        "breadcrumbs",
+        pruning(crumbs(0.2, pruned.rows_without_outliers), SIGNED, 1, PLAIN_SUM),
+        {"variant": "paper", "gamma": 0.2},
+        dense(SIGNED),
+    ),
+    "breadcrumbs_ties-paper": Case(
+        "breadcrumbs_ties",
+        pruning(crumbs(0.1, pruned.rows_without_outliers), WEIGHTS, 1, SUM),
+        {"variant": "paper", "gamma": 0.1},
+        dense(WEIGHTS),
     ),
     "dare_linear": Case(
         "dare_linear",
