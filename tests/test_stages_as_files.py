@@ -21,7 +21,18 @@ SHAPES = {
     "model.layers.0.w": (5, 7),
     "model.layers.1.w": (5, 7),
 }
-FORMS = ("linear", "task_arithmetic", "slerp", "slerp by rows", "scaled", "copied")
+FORMS = (
+    "linear",
+    "task_arithmetic",
+    "slerp",
+    "slerp by rows",
+    "scaled",
+    "copied",
+    "ties",
+    "ties of the whole model",
+    "dare_ties of the paper",
+    "della",
+)
 DTYPES = ("", "bfloat16", "float16", "float32")
 
 
@@ -46,6 +57,12 @@ def text(form: str, left: str, right: str) -> str:
         "task_arithmetic": f"merge_method: task_arithmetic\nparameters: {{weight: 0.7}}\n{one}",
         "slerp": f"merge_method: slerp\nparameters: {{t: 0.3}}\n{one}",
         "slerp by rows": f"merge_method: slerp\nparameters: {{t: 0.3, flatten: false}}\n{one}",
+        "ties": f"merge_method: ties\nparameters: {{weight: 0.7, density: 0.3}}\n{one}",
+        "ties of the whole model": "merge_method: ties\n"
+        f"parameters: {{weight: 0.7, density: 0.3, scope: model}}\n{one}",
+        "dare_ties of the paper": "merge_method: dare_ties\n"
+        f"parameters: {{weight: 0.7, density: 0.5, variant: paper}}\n{one}",
+        "della": f"merge_method: della\nparameters: {{weight: 0.7, density: 0.5}}\n{one}",
         "scaled": f"merge_method: passthrough\nparameters: {{scale: 1.3}}\n"
         f"models: [{{model: {right}}}]\n",
         "copied": f"merge_method: passthrough\nmodels: [{{model: {right}}}]\n",
