@@ -62,7 +62,7 @@ def table(method: type[MergeMethod], doc: Docstring) -> Iterator[str]:
     for entry in parameters:
         own = "yes" if entry.per_model else "no"
         says = doc.attributes[entry.field].replace("|", "\\|")
-        yield f"| `{entry.name}` | {entry.kind.__name__} | {default(entry)} | {own} | {says} |"
+        yield f"| `{entry.name}` | {entry.shown_kind} | {default(entry)} | {own} | {says} |"
 
 
 def section(name: str) -> str:

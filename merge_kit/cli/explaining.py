@@ -64,6 +64,7 @@ def _parameter_json(parameter: Parameter, doc: Docstring) -> dict[str, Any]:
     return {
         "name": parameter.name,
         "type": parameter.kind.__name__,
+        "choices": list(parameter.choices),
         "per_model": parameter.per_model,
         "required": parameter.required,
         "default": parameter.default,
@@ -90,11 +91,11 @@ def _law(law: Law, tolerance: float) -> str:
 def _kind(parameter: Parameter) -> str:
     each = ", each model may have its own" if parameter.per_model else ""
     if parameter.required:
-        return f"{parameter.kind.__name__}{each}, required"
+        return f"{parameter.shown_kind}{each}, required"
     default = parameter.default
     shown = {True: "true", False: "false"}[default] if isinstance(default, bool) else default
     absent = "not given" if default is None else shown
-    return f"{parameter.kind.__name__}{each}, default {absent}"
+    return f"{parameter.shown_kind}{each}, default {absent}"
 
 
 def _base(method: type[MergeMethod]) -> str:

@@ -87,6 +87,11 @@ class Parameter:
     optional: bool
     choices: tuple[str, ...] = ()
 
+    @property
+    def shown_kind(self) -> str:
+        """The type, or the texts that it may be."""
+        return " or ".join(self.choices) or self.kind.__name__
+
     def problem(self, value: object) -> ParameterError | None:
         """Return what is wrong with a value that is none of the choices."""
         if not self.choices or value is None or value in self.choices:
