@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +79,7 @@ class Bench:
 _ENDS: dict[tuple[str, bool], tuple[float, float]] = {}
 
 
-def _ends(bench: Bench, skill: str, test: bool) -> tuple[float, float]:  # noqa: FBT001
+def _ends(bench: Bench, skill: str, test: bool) -> tuple[float, float]:
     """Return the losses of base and expert on a skill, measured once."""
     if (skill, test) not in _ENDS:
         pair = (bench.models["base"], bench.models[skill])
@@ -243,7 +243,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         bench = Bench(models, text(), collect(Path(scratch)) if needs else None)
         results = measure(bench, chosen)
     if arguments.raw:
-        arguments.raw.write_text(json.dumps(results, indent=1, default=vars), encoding="utf-8")
+        arguments.raw.write_text(json.dumps(results, indent=1, default=asdict), encoding="utf-8")
     from quality_page import page, plots  # noqa: PLC0415  (matplotlib)
 
     print(page(results))
