@@ -38,7 +38,7 @@ UNIT = {
 """Rounding of a dtype, times what the peer's arithmetic in that dtype adds to it."""
 
 
-def llama(  # noqa: PLR0913
+def llama(
     folder: Path,
     seed: int,
     *,
