@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from merge_kit.api.custom import method
     from merge_kit.api.expressions import TaskVector, load
     from merge_kit.api.methods import linear, passthrough, slerp, task_arithmetic
+    from merge_kit.api.soups import greedy_soup
     from merge_kit.api.tensors import merge_tensors
     from merge_kit.errors import (
         CheckpointError,
@@ -55,6 +56,7 @@ __all__ = [
     "TaskVector",
     "UsageError",
     "__version__",
+    "greedy_soup",
     "linear",
     "load",
     "merge",
@@ -69,6 +71,7 @@ __all__ = [
 
 _HOMES = {
     "TaskVector": "api.expressions",
+    "greedy_soup": "api.soups",
     "load": "api.expressions",
     "merge": "api",
     "merge_tensors": "api.tensors",

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from os import PathLike, fspath
 from typing import TYPE_CHECKING, Any
 
-from merge_kit.api.expressions import load
-from merge_kit.api.lowering import Request
+from merge_kit.api.expressions import as_node
+from merge_kit.api.held import HeldModel
+from merge_kit.api.requests import Node, Request, refuse_twins
 from merge_kit.core.names import nearest
 from merge_kit.errors import UsageError
 from merge_kit.methods import registry
@@ -18,9 +20,9 @@ if TYPE_CHECKING:
 
 def bind(
     name: str,
-    models: Sequence[Operand],
-    base: Operand | None,
-    seed: int,
+    models: Sequence[Operand | Node],
+    base: Operand | Node | None,
+    seed: int | None,
     told: Mapping[str, Any],
 ) -> Request:
     """Return a merge of models by a method.
@@ -32,34 +34,85 @@ def bind(
 
     Raises:
         PlanError: If there is no such method.
-        UsageError: If a parameter is unknown, missing, or has not one value a model.
+        UsageError: If a parameter is unknown, missing, or has not one value a model; or if the
+            method needs a base and there is none.
     """
-    known = _parameters(name)
-    if isinstance(models, str | bytes | Mapping) or not isinstance(models, Sequence):
-        problem = f"found models of type {type(models).__name__}, expected a list"
-        raise UsageError(problem, where=name, hint=f"write {name}([a, b], ...)")
+    kind, known = registry.find(name), _parameters(name)
+    if kind.needs_base and base is None:
+        hint = f"write {name}(base, [model, ...])"
+        raise UsageError(f"{name} needs a base", hint=hint)
+    if not models:
+        hint = f"write {name}([a, b], ...)"
+        raise UsageError("found no models, expected at least one", where=name, hint=hint)
     given = {_known(name, known, key).name: v for key, v in told.items() if v is not None}
     for parameter in known.values():
-        if parameter.required and parameter.name not in given:
-            hint = f"pass {parameter.field}=..."
-            raise UsageError(f"{name} needs {parameter.field}", hint=hint)
+        if parameter.name not in given and parameter.required:
+            given[parameter.name] = _default(name, parameter)
+    evidence: dict[str, HeldModel] = {}
+    if kind.statistics_of:
+        given["statistics"] = _statistics(given["statistics"], evidence)
     lists = {
         key: _one_a_model(name, key, value, len(models))
         for key, value in given.items()
         if known[key].per_model and isinstance(value, list | tuple)
     }
-    loaded = tuple(load(model) for model in models)
-    if len({model.key for model in loaded}) < len(loaded):
-        problem = "the same model stands twice among the models"
-        raise UsageError(problem, where=name, hint="pass it once, with the sum of the weights")
+    nodes = tuple(as_node(model) for model in models)
+    refuse_twins(nodes, name)
     return Request(
         method=name,
-        models=loaded,
-        base=None if base is None else load(base),
+        models=nodes,
+        base=None if base is None else as_node(base),
         own=tuple(_row(lists, i) for i in range(len(models))) if lists else (),
         parameters={key: value for key, value in given.items() if key not in lists},
         seed=seed,
+        evidence=evidence,
     )
+
+
+def listed(name: str, found: object) -> Sequence[Any]:
+    """Return models if they are a list of models.
+
+    Raises:
+        UsageError: If they are anything else.
+    """
+    if isinstance(found, str | bytes | Mapping) or not isinstance(found, Sequence):
+        problem = f"found models of type {type(found).__name__}, expected a list"
+        raise UsageError(problem, where=name, hint=f"write {name}([a, b], ...)")
+    return found
+
+
+def default_of(parameter: Parameter) -> Any:
+    """Return a parameter's default in the library; None where it has none.
+
+    Weights that recipes must give are 1 here: every model counts alike.
+    """
+    if parameter.required and parameter.per_model and parameter.name == "weight":
+        return 1.0
+    return parameter.default
+
+
+def _default(method: str, parameter: Parameter) -> Any:
+    found = default_of(parameter)
+    if found is None:
+        raise UsageError(f"{method} needs {parameter.field}", hint=f"pass {parameter.field}=...")
+    return found
+
+
+def _statistics(value: Any, evidence: dict[str, HeldModel]) -> Any:
+    """Return statistics as a recipe names them; those in memory are kept by their text."""
+    rows = value if isinstance(value, list | tuple) else [value]
+    texts = []
+    for row in rows:
+        if isinstance(row, str | PathLike):
+            texts.append(fspath(row))
+            continue
+        held = row if isinstance(row, HeldModel) else HeldModel(row)
+        if held.path is not None:
+            texts.append(str(held.path))
+        else:
+            texts.append(f"statistics in memory {id(row):x}")
+            evidence[texts[-1]] = held
+    return texts if isinstance(value, list | tuple) else texts[0]
 
 
 def _parameters(name: str) -> dict[str, Parameter]:

@@ -4,56 +4,32 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
-from math import isfinite, sqrt
 from os import PathLike
+from pathlib import Path
 from typing import TYPE_CHECKING, overload
 
-from merge_kit.api.deltas import Pair, difference, products
+from merge_kit.api import changes, delta_files, deltas, methods_of_sums
+from merge_kit.api.changes import Difference, How, Prune, Scope
 from merge_kit.api.held import HeldModel
-from merge_kit.api.lazy_merge import Mergeable
-from merge_kit.api.lowering import Request
+from merge_kit.api.measured import Measured
+from merge_kit.api.mergeable import Mergeable
+from merge_kit.api.requests import Node, Request, Result, with_dtype
+from merge_kit.api.terms import Terms
 from merge_kit.errors import UsageError
 
 if TYPE_CHECKING:
     from torch import Tensor
     from torch.nn import Module
 
-    Operand = str | PathLike[str] | Mapping[str, Tensor] | Module | HeldModel
-    """What stands for a model: a path, tensors by name, a module, or a model that is loaded."""
+    from merge_kit.api.mergeable import DType
+    from merge_kit.api.merging import Size
+
+    Operand = str | PathLike[str] | Mapping[str, Tensor] | Module | HeldModel | Mergeable
+    """What stands for a model: a path, tensors by name, a module, a model that is loaded, or the
+    result of a merge."""
 
 
-@dataclass(frozen=True, slots=True)
-class Terms:
-    """A sum: weighted models, and weighted task vectors."""
-
-    models: tuple[tuple[float, HeldModel], ...] = ()
-    tasks: tuple[Pair, ...] = ()
-
-    def plus(self, other: Terms) -> Terms:
-        """Return the sum of two sums, equal terms taken together."""
-        models: dict[object, tuple[float, HeldModel]] = {}
-        for weight, model in (*self.models, *other.models):
-            known = models[model.key][0] if model.key in models else 0.0
-            models[model.key] = known + weight, model
-        tasks: dict[object, Pair] = {}
-        for pair in (*self.tasks, *other.tasks):
-            key = pair.model.key, pair.base.key
-            known = tasks[key].weight if key in tasks else 0.0
-            tasks[key] = Pair(known + pair.weight, pair.model, pair.base)
-        return Terms(tuple(models.values()), tuple(tasks.values()))
-
-    def times(self, factor: float) -> Terms:
-        """Return the sum with every weight multiplied."""
-        if not isfinite(factor):
-            raise UsageError(f"found the factor {factor}, expected a finite number")
-        return Terms(
-            tuple((factor * weight, model) for weight, model in self.models),
-            tuple(Pair(factor * p.weight, p.model, p.base) for p in self.tasks),
-        )
-
-
-class TaskVector:
+class TaskVector(Measured):
     """What a fine-tune learned: model minus base, or a sum of such differences.
 
     Nothing is read before a result is asked for.
@@ -64,7 +40,16 @@ class TaskVector:
     """
 
     def __init__(self, model: Operand, base: Operand) -> None:
-        self._terms = Terms(tasks=(Pair(1.0, load(model), load(base)),))
+        self._terms = Terms(tasks=((1.0, Difference(as_node(model), as_node(base))),))
+
+    @classmethod
+    def load(cls, folder: str | PathLike[str]) -> TaskVector:
+        """Return the task vector that `save` wrote into a folder; nothing is read but headers.
+
+        Raises:
+            CheckpointError: If there is none, or it is broken.
+        """
+        return _task(Terms(tasks=((1.0, Difference(delta_files.opened(Path(folder)), None)),)))
 
     def terms(self) -> Terms:
         """Return this as a sum."""
@@ -78,24 +63,60 @@ class TaskVector:
         Raises:
             MergeKitError: If the models do not fit one another or cannot be read.
         """
-        return difference(self._terms.tasks)
+        return deltas.difference(self._terms.tasks)
 
-    def norm(self) -> float:
-        """Return the length over all tensors, summed in float64."""
-        return sqrt(sum(table[0][0] for table in products([self._terms.tasks]).values()))
+    def save(
+        self,
+        folder: str | PathLike[str],
+        *,
+        overwrite: bool = False,
+        dtype: DType | None = None,
+        shard_size: Size | None = None,
+        threads: int | None = None,
+    ) -> Path:
+        """Write the differences into a folder of their own, and return its path.
 
-    def cosine(self, other: TaskVector) -> float:
-        """Return the cosine of the angle to another task vector, over all tensors.
+        It holds `delta.safetensors`, the files beside the base's weights, and
+        `merge_kit_delta.json`, which says what the differences are of; integer and bool tensors
+        are there as the base has them. Where all models are on disk, memory stays constant.
 
-        Raises:
-            UsageError: If one of them is zero.
+        Args:
+            dtype: Of the differences; default: float32, float64 where a model is float64, which
+                lose nothing.
+
+        The other arguments are those of a merge's `save`.
         """
-        tables = products([self._terms.tasks, other.terms().tasks]).values()
-        own, both, its = (sum(table[i][j] for table in tables) for i, j in ((0, 0), (0, 1), (1, 1)))
-        if own <= 0 or its <= 0:
-            hint = "is a fine-tune compared with itself?"
-            raise UsageError("a task vector of length 0 has no angle", hint=hint)
-        return max(-1.0, min(1.0, both / (sqrt(own) * sqrt(its))))
+        return delta_files.save(
+            with_dtype(deltas.request((), self._terms.tasks), dtype),
+            self._terms.tasks,
+            Path(folder),
+            overwrite=overwrite,
+            shard_size=shard_size,
+            threads=threads,
+        )
+
+    def prune(
+        self,
+        density: float,
+        *,
+        how: How = "magnitude",
+        scope: Scope = "tensor",
+        seed: int = 0,
+        position: int = 0,
+    ) -> TaskVector:
+        """Return what pruning keeps of this; nothing is read before a result is asked for.
+
+        Args:
+            density: Share of the elements that is kept, in [0, 1].
+            how: "magnitude" keeps the largest, as the method `magnitude` does; "random" keeps each
+                with this probability and divides it by it, as `dare_linear` does.
+            scope: Whether magnitudes are ranked in each tensor or over the whole model.
+            seed: Of the random choice.
+            position: Task vectors with different positions are pruned by independent choices; it
+                is the place of the model among those of `dare_linear`.
+        """
+        kept = changes.pruned(self._terms.tasks, Prune(density, how, scope, seed, position))
+        return _task(Terms(tasks=kept))
 
     @overload
     def __add__(self, other: TaskVector) -> TaskVector: ...
@@ -135,7 +156,7 @@ class TaskVector:
         return self * -1.0
 
     def __repr__(self) -> str:
-        return " + ".join(f"{p.weight:g} * ({p.model} - {p.base})" for p in self._terms.tasks)
+        return changes.shown(self._terms.tasks)
 
 
 class Arithmetic(ABC):
@@ -173,28 +194,41 @@ class Arithmetic(ABC):
         return self * -1.0
 
 
-class LoadedModel(HeldModel, Arithmetic):
-    """A model whose tensors are read when they are asked for; see `load`."""
+class ModelArithmetic(Arithmetic):
+    """Arithmetic of what is one model; the difference of two is a task vector."""
+
+    @abstractmethod
+    def node(self) -> Node:
+        """Return this as a model of a merge."""
 
     def terms(self) -> Terms:
         """Return this model, once."""
-        return Terms(models=((1.0, self),))
+        return Terms(models=((1.0, self.node()),))
 
-    @overload  # the difference of two models is a task vector
-    def __sub__(self, other: LoadedModel) -> TaskVector: ...  # type: ignore[overload-overlap]
+    @overload
+    def __sub__(self, other: ModelArithmetic) -> TaskVector: ...  # type: ignore[overload-overlap]
     @overload
     def __sub__(self, other: Arithmetic | TaskVector) -> Expression: ...
     def __sub__(self, other: Arithmetic | TaskVector) -> TaskVector | Expression:
-        if isinstance(other, LoadedModel):
-            return TaskVector(self, other)
+        if isinstance(other, ModelArithmetic):
+            return _task(Terms(tasks=((1.0, Difference(self.node(), other.node())),)))
         return super().__sub__(other)
+
+
+class LoadedModel(HeldModel, ModelArithmetic):
+    """A model whose tensors are read when they are asked for; see `load`."""
+
+    def node(self) -> Node:
+        """Return this."""
+        return self
 
 
 class Expression(Mergeable, Arithmetic):
     """A sum of models and task vectors, computed when its result is asked for.
 
-    A model plus task vectors that have it as their base is the method `task_arithmetic`; any
-    other sum is the method `linear` with `normalize=False`.
+    A model plus task vectors that have it as their base is the method `task_arithmetic`, or
+    `magnitude` or `dare_linear` where they are pruned so. Any other sum of models is `linear` with
+    `normalize=False`. What no method computes is computed all the same.
     """
 
     def __init__(self, terms: Terms) -> None:
@@ -207,16 +241,11 @@ class Expression(Mergeable, Arithmetic):
     def request(self) -> Request:
         """Return the sum as the method that computes it."""
         models, tasks = self._terms.models, self._terms.tasks
-        if len(models) == 1 and models[0][0] == 1.0:
-            base = models[0][1]
-            if tasks and all(pair.base.key == base.key for pair in tasks):
-                weights = tuple({"weight": pair.weight} for pair in tasks)
-                return Request("task_arithmetic", tuple(p.model for p in tasks), base, weights)
-        flat = Terms(models)
-        for pair in tasks:
-            flat = flat.plus(Terms(((pair.weight, pair.model), (-pair.weight, pair.base))))
-        own = tuple({"weight": weight} for weight, _ in flat.models)
-        return Request("linear", tuple(m for _, m in flat.models), None, own, {"normalize": False})
+        return methods_of_sums.request(models, tasks) or deltas.request(models, tasks)
+
+    def __repr__(self) -> str:
+        models = [f"{weight:g} * {model}" for weight, model in self._terms.models]
+        return " + ".join([*models, *filter(None, [changes.shown(self._terms.tasks)])])
 
 
 def load(source: Operand) -> LoadedModel:
@@ -235,9 +264,21 @@ def load(source: Operand) -> LoadedModel:
     """
     if isinstance(source, LoadedModel):
         return source
-    if isinstance(source, HeldModel):
-        raise UsageError("found a model without arithmetic", hint="use merge_kit.load")
+    if isinstance(source, HeldModel | Mergeable | TaskVector):
+        hint = "use it as it is" if isinstance(source, Mergeable) else "add it to its base"
+        raise UsageError(f"found a {type(source).__name__}, expected a model to load", hint=hint)
+    if isinstance(source, str | PathLike):
+        delta_files.refuse(Path(source))
     return LoadedModel(source)
+
+
+def as_node(source: Operand | Node) -> Node:
+    """Return what stands for a model as a model of a merge."""
+    if isinstance(source, Result):
+        return source
+    if isinstance(source, Mergeable):
+        return Result(source.request(), source)
+    return load(source)
 
 
 def _task(terms: Terms) -> TaskVector:

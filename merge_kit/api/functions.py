@@ -1,4 +1,4 @@
-"""Makes functions of registered methods: `method(models, *, base=None, seed=0, weight=...)`."""
+"""Makes functions of registered methods: `method(models, ...)` or `method(base, models, ...)`."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from inspect import Parameter as Argument
 from inspect import Signature, cleandoc
 from typing import TYPE_CHECKING, Any
 
-from merge_kit.api.binding import bind
+from merge_kit.api.binding import bind, default_of, listed
 from merge_kit.api.lazy_merge import LazyMerge
+from merge_kit.errors import UsageError
 from merge_kit.methods import registry
 from merge_kit.methods.base import MergeMethod
 from merge_kit.methods.registry import Parameter
@@ -21,15 +22,20 @@ if TYPE_CHECKING:
 
 _FORM = """
 
+Write `method(models, ...)`, or `method(base, models, ...)` where there is a base; `base=...` says
+the same.
+
 Args:
-    models: Paths, mappings of tensors, modules, or loaded models.
+    first: The models, or the base if a list of models follows.
+    models: Paths, mappings of tensors, modules, loaded models, or results of other merges.
     base: The base model, likewise; if it is also among the models, it is one of them as in recipes.
-    seed: Of everything random.
+    seed: Of everything random; default 0, or that of a merge among the models.
 
 A parameter that each model may set is one value for all, or a list with one value a model. Any
-other parameter may be a list too: it then spans the layers, as in recipes.
+other parameter may be a list too: it then spans the layers, as in recipes. A weight that is not
+given is 1.
 
-Returns a merge that is carried out by `.state_dict()` or `.save(folder)`.
+Returns a merge that is carried out by `.state_dict()` or `.save(folder)`, or stands for a model.
 """
 
 
@@ -42,13 +48,22 @@ def annotation(parameter: Parameter) -> str:
 
 def signature(method: type[MergeMethod]) -> Signature:
     """Return the signature of a method's function."""
+    first = "Operand | Sequence[Operand] | None"
     arguments = [
-        Argument("models", Argument.POSITIONAL_OR_KEYWORD, annotation="Sequence[Operand]"),
+        Argument("first", Argument.POSITIONAL_OR_KEYWORD, default=None, annotation=first),
+        Argument(
+            "models",
+            Argument.POSITIONAL_OR_KEYWORD,
+            default=None,
+            annotation="Sequence[Operand] | None",
+        ),
         Argument("base", Argument.KEYWORD_ONLY, default=None, annotation="Operand | None"),
-        Argument("seed", Argument.KEYWORD_ONLY, default=0, annotation="int"),
+        Argument("seed", Argument.KEYWORD_ONLY, default=None, annotation="int | None"),
     ]
     for entry in registry.parameters(method):
-        default = Argument.empty if entry.required else entry.default
+        default = default_of(entry)
+        if default is None and entry.required:
+            default = Argument.empty
         note = annotation(entry)
         arguments.append(
             Argument(entry.field, Argument.KEYWORD_ONLY, default=default, annotation=note)
@@ -69,15 +84,30 @@ def method_function(name: str) -> Callable[..., LazyMerge]:
 @cache
 def _function(name: str, method: type[MergeMethod]) -> Callable[..., LazyMerge]:
     def function(
-        models: Sequence[Operand],
+        first: Operand | Sequence[Operand] | None = None,
+        models: Sequence[Operand] | None = None,
         *,
         base: Operand | None = None,
-        seed: int = 0,
+        seed: int | None = None,
         **parameters: Any,
     ) -> LazyMerge:
-        return LazyMerge(bind(name, models, base, seed, parameters))
+        if models is None:
+            models, first = listed(name, first), None
+        if first is not None and base is not None:
+            problem = "found the base twice, expected it once"
+            raise UsageError(problem, where=name, hint=f"write {name}(base, [a, b], ...)")
+        first = base if first is None else first
+        return LazyMerge(bind(name, listed(name, models), _operand(name, first), seed, parameters))
 
     function.__name__ = function.__qualname__ = name
     function.__doc__ = cleandoc(method.__doc__ or "") + _FORM
     function.__signature__ = signature(method)  # type: ignore[attr-defined]
     return function
+
+
+def _operand(name: str, base: Any) -> Operand | None:
+    if isinstance(base, list | tuple):
+        problem = "found a list in the place of the base, expected one model"
+        raise UsageError(problem, where=name, hint=f"write {name}(base, [a, b], ...)")
+    found: Operand | None = base
+    return found

@@ -1,99 +1,45 @@
-"""A merge of models at hand as a recipe, and as the steps that the planner makes of it."""
+"""A request as the steps that the planner makes of it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 from merge_kit.api.held import HeldModel
-from merge_kit.core.dtypes import RECIPE_DTYPES
-from merge_kit.core.names import nearest
-from merge_kit.errors import MergeKitError, MismatchError, UsageError
+from merge_kit.api.merging import read_recipe
+from merge_kit.api.packed import packing_problem
+from merge_kit.api.requests import Request
+from merge_kit.errors import MergeKitError, MismatchError
 from merge_kit.io.values import WeightFile
 from merge_kit.plan.assemble import Assembly
 from merge_kit.plan.configs import result_parts
+from merge_kit.plan.evidence import Evidence
 from merge_kit.plan.findings import Findings
 from merge_kit.plan.inputs import Inputs
 from merge_kit.plan.models import Model, Part
 from merge_kit.plan.stages import assemble
 from merge_kit.plan.steps import Made, StepMaker
-from merge_kit.recipe.parse import recipe_from_mapping
-from merge_kit.recipe.values import ModelRef
-
-Parameters = Mapping[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """What is to be merged, and how.
-
-    Attributes:
-        own: Parameters of each model, in the order of `models`; empty if none has any.
-        parameters: Parameters of the merge.
-        on_conflict: What to do with integer and bool tensors that differ.
-    """
-
-    method: str
-    models: tuple[HeldModel, ...]
-    base: HeldModel | None = None
-    own: tuple[Parameters, ...] = ()
-    parameters: Parameters = field(default_factory=dict)
-    seed: int = 0
-    dtype: str | None = None
-    on_conflict: str = "error"
-
-    def inputs(self) -> list[HeldModel]:
-        """Return the models, each once, a base that is not among them last."""
-        base = () if self.base is None else (self.base,)
-        return list({model.key: model for model in (*self.models, *base)}.values())
-
-    def recipe(self, names: Mapping[object, str]) -> dict[str, Any]:
-        """Return the recipe as a mapping.
-
-        Args:
-            names: How the recipe calls each model, by the model's key.
-        """
-        own = self.own or ({},) * len(self.models)
-        recipe: dict[str, Any] = {
-            "merge_method": self.method,
-            "models": [
-                {"model": names[model.key], "parameters": dict(parameters)}
-                for model, parameters in zip(self.models, own, strict=True)
-            ],
-            "parameters": dict(self.parameters),
-            "seed": self.seed,
-            "on_conflict": self.on_conflict,
-        }
-        if self.base is not None:
-            recipe["base_model"] = names[self.base.key]
-        if self.dtype is not None:
-            recipe["dtype"] = self.dtype
-        return recipe
-
-
-def with_dtype(request: Request, dtype: object) -> Request:
-    """Return the request with an output dtype: "bfloat16", torch.bfloat16, or None for none."""
-    if dtype is None:
-        return request
-    name = str(dtype).removeprefix("torch.")
-    if name not in RECIPE_DTYPES:
-        raise UsageError(f"found the dtype {name!r}", hint=nearest(name, RECIPE_DTYPES))
-    return replace(request, dtype=name)
+from merge_kit.plan.values import PlanInput
+from merge_kit.plan.whole_model import differing
+from merge_kit.recipe.values import ModelRef, Recipe, Stage
 
 
 class _AtHand(Inputs):
     """Models that are there already, by the names that the recipe gives them."""
 
     def __init__(self, models: Mapping[str, Model]) -> None:
-        self._at_hand = models
+        self._at_hand = dict(models)
         self.errors: list[MergeKitError] = []
         self.refs: dict[str, ModelRef] = {}
         self.donors: dict[str, Model] = {}
 
     @property
     def models(self) -> list[Model]:
-        return list(self._at_hand.values())
+        return [m for key, m in self._at_hand.items() if key not in self.donors]
+
+    def add_stage(self, model: Model) -> None:
+        self._at_hand[model.key] = model
 
     def find(self, ref: ModelRef) -> Model:
         return self._at_hand[ref.path]
@@ -104,15 +50,29 @@ class Lowered:
     """The steps of a merge, not placed in files.
 
     Attributes:
+        stages: Tensors of the merges inside, in an order in which each finds what it needs, and
+            last those of the whole.
         parts: Components of the result.
-        files: Weight files that are read.
+        read: What is read.
+        seed: Of the whole.
     """
 
-    made: tuple[Made, ...]
+    stages: tuple[tuple[Made, ...], ...]
     parts: tuple[Part, ...]
     assembly: Assembly
     inputs: Inputs
-    files: tuple[WeightFile, ...]
+    read: tuple[PlanInput, ...]
+    seed: int
+
+    @property
+    def made(self) -> tuple[Made, ...]:
+        """The tensors of the result."""
+        return self.stages[-1]
+
+    @property
+    def files(self) -> tuple[WeightFile, ...]:
+        """Weight files that are read."""
+        return tuple(file for one in self.read for file in one.files)
 
 
 def lower(request: Request) -> Lowered:
@@ -122,31 +82,82 @@ def lower(request: Request) -> Lowered:
         MergeKitError: Everything that is wrong with parameters and models, in one list.
     """
     models = request.inputs()
-    names = {model.key: f"input-{i}" for i, model in enumerate(models, start=1)}
-    recipe = recipe_from_mapping(request.recipe(names))
-    (stage,) = recipe.stages
-    inputs = _AtHand({names[model.key]: _named(model, names[model.key]) for model in models})
-    findings = Findings()
-    assembly = assemble(stage, inputs, findings)
-    maker, made = StepMaker(stage, recipe.seed, 0), []
-    for item in assembly.items:
-        if not item.parts:
-            continue  # reported as missing
-        try:
-            made.append(maker.make(item))
-        except MergeKitError as error:
-            findings.problem(error)
-    findings.raise_any()
-    parts = result_parts(assembly, made)
-    _check_components(made, parts, assembly)
-    files = tuple(file for model in models for file in model.files)
-    return Lowered(tuple(made), parts, assembly, inputs, files)
+    labels = {model.key: f"input-{i}" for i, model in enumerate(models, start=1)}
+    names = request.names(labels)
+    requests = {names[key]: inner for key, inner in request.stages().items()}
+    recipe = read_recipe(request.documents(names))
+    inputs = _AtHand({labels[model.key]: _named(model, labels[model.key]) for model in models})
+    maker = _Lowering(recipe, inputs, Evidence(None, request.statistics()))
+    for number, stage in enumerate(recipe.stages):
+        maker.stage(number, stage, requests[stage.name] if stage.name else request)
+    parts = result_parts(maker.assembly, maker.stages[-1])
+    _check_components(maker.stages[-1], parts, maker.assembly)
+    read = (*(_as_value(m, labels[m.key]) for m in models), *maker.evidence.as_values())
+    stages = tuple(map(tuple, maker.stages))
+    return Lowered(stages, parts, maker.assembly, inputs, read, recipe.seed)
+
+
+class _Lowering:
+    """Makes the steps of one stage after the other."""
+
+    assembly: Assembly
+
+    def __init__(self, recipe: Recipe, inputs: _AtHand, evidence: Evidence) -> None:
+        self._recipe, self._inputs, self.evidence = recipe, inputs, evidence
+        self.stages: list[list[Made]] = []
+
+    def stage(self, number: int, stage: Stage, request: Request) -> None:
+        """Make the steps of a stage and make its result known to later ones."""
+        findings = Findings()
+        self.assembly = assembly = assemble(stage, self._inputs, findings)
+        maker = StepMaker(stage, self._recipe.seed, number, self.evidence)
+        made = []
+        for item in assembly.items:
+            if not item.parts:
+                continue  # reported as missing
+            try:
+                made.append(maker.make(item))
+            except MergeKitError as error:
+                findings.problem(error)
+        for packed in _packed(made):
+            findings.problem(packed)
+        findings.raise_any()
+        if request.rewrite is not None:
+            made = request.rewrite(made, stage.dtype)
+        problem = differing([one.step for one in made])
+        if problem is not None:
+            raise problem
+        self.stages.append(made)
+        if stage.name is not None:
+            parts = result_parts(assembly, made)
+            self._inputs.donors[stage.name] = assembly.donor
+            tensors = {one.item.name: one.held for one in made}
+            self._inputs.add_stage(Model(stage.name, stage.name, parts, tensors))
+
+
+def _packed(made: Sequence[Made]) -> list[MergeKitError]:
+    """Return what is wrong with models whose numbers mean nothing without their scales."""
+    mixed = {p.model for m in made if m.fate == "merged" or m.step.agree for p in m.item.parts}
+    return [
+        MismatchError(
+            problem,
+            where=model.label,
+            hint="merge the model it was made from, and quantise the result",
+        )
+        for model in dict.fromkeys(p.model for m in made for p in m.item.parts)
+        if model in mixed and (problem := packing_problem(model)) is not None
+    ]
 
 
 def _named(held: HeldModel, name: str) -> Model:
     checkpoint = held.model.checkpoint
     label = f"{name}:{checkpoint.name}" if checkpoint is not None else name
     return replace(held.model, key=name, label=label)
+
+
+def _as_value(held: HeldModel, name: str) -> PlanInput:
+    root = held.path or Path()  # nothing is read of what is in memory
+    return PlanInput(name, root.name, str(held), root, held.files)
 
 
 def _check_components(made: Sequence[Made], parts: Sequence[Part], assembly: Assembly) -> None:

@@ -16,13 +16,16 @@ from merge_kit.publish.card import model_card
 from merge_kit.publish.manifest import manifest
 from merge_kit.publish.side_files import write_side_files
 from merge_kit.publish.staging import stage
-from merge_kit.recipe.parse import load_recipe, recipe_from_mapping
+from merge_kit.recipe.nodes import from_python, to_yaml
+from merge_kit.recipe.parse import load_recipe, parse_recipe, recipe_from_mapping
 from merge_kit.recipe.values import Recipe
 
 if TYPE_CHECKING:
     from merge_kit.engine.report import Report
 
 Size = str | int
+RecipeLike = str | Path | Mapping[str, Any] | Sequence[Mapping[str, Any]]
+"""Path of a YAML recipe, a mapping of the same shape, or a list of mappings: its documents."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,20 +44,26 @@ class Merge:
 
 
 def read_recipe(
-    recipe: str | Path | Mapping[str, Any],
+    recipe: RecipeLike,
     *,
     overrides: Sequence[str] = (),
     seed: int | None = None,
     shard_size: Size | None = None,
 ) -> Recipe:
-    """Return a recipe from a file's path or from a mapping of the same shape."""
-    if isinstance(recipe, Mapping):
-        return recipe_from_mapping(recipe, overrides=overrides, seed=seed, shard_size=shard_size)
-    return load_recipe(Path(recipe), overrides=overrides, seed=seed, shard_size=shard_size)
+    """Return a recipe from a file's path, or from one or several mappings of the same shape."""
+    if isinstance(recipe, str | Path):
+        return load_recipe(Path(recipe), overrides=overrides, seed=seed, shard_size=shard_size)
+    documents = [recipe] if isinstance(recipe, Mapping) else list(recipe)
+    if len(documents) == 1:
+        return recipe_from_mapping(
+            documents[0], overrides=overrides, seed=seed, shard_size=shard_size
+        )
+    text = to_yaml([from_python(one, "<recipe>") for one in documents])
+    return parse_recipe(text, overrides=overrides, seed=seed, shard_size=shard_size)
 
 
 def plan(
-    recipe: str | Path | Mapping[str, Any],
+    recipe: RecipeLike,
     *,
     overrides: Sequence[str] = (),
     seed: int | None = None,
@@ -65,7 +74,7 @@ def plan(
     """Return everything that a merge would do, from headers alone.
 
     Args:
-        recipe: Path of a YAML recipe, or a dict of the same shape.
+        recipe: Path of a YAML recipe, or a dict of the same shape (a list of dicts: documents).
         overrides: "key=value" as for `--set`.
         seed: Instead of the recipe's.
         shard_size: Largest size of a shard, "5GB" or bytes, instead of the recipe's.
@@ -81,7 +90,7 @@ def plan(
 
 
 def merge(  # noqa: PLR0913  (every option has a name)
-    recipe: str | Path | Mapping[str, Any],
+    recipe: RecipeLike,
     output: str | Path | None = None,
     *,
     overwrite: bool = False,
@@ -99,7 +108,7 @@ def merge(  # noqa: PLR0913  (every option has a name)
     """Merge models into a folder, which appears whole or not at all.
 
     Args:
-        recipe: Path of a YAML recipe, or a dict of the same shape.
+        recipe: Path of a YAML recipe, or a dict of the same shape (a list of dicts: documents).
         output: The folder; default: the recipe's `output`, else merged/<stem of the recipe>.
         overwrite: Replace an output that is there.
         allow_nonfinite: Write NaN and infinities and count them, instead of stopping.
@@ -120,7 +129,7 @@ def merge(  # noqa: PLR0913  (every option has a name)
     if on_plan is not None:
         on_plan(planned)
     roots = [model.root for model in planned.read]
-    if not isinstance(recipe, Mapping):
+    if isinstance(recipe, str | Path):
         roots.append(Path(recipe))  # it must not be replaced by what it makes
     with stage(folder, overwrite=overwrite, inputs=roots, identity=planned.identity) as staging:
         from merge_kit.engine.run import run_plan  # noqa: PLC0415  (torch, only when it is needed)

@@ -23,7 +23,7 @@ EXAMPLES = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
 def folder(tmp_path_factory) -> Path:
     """Return a folder with the models that the document speaks of."""
     made = tmp_path_factory.mktemp("library")
-    for name, value in (("base", 1.0), ("code", 2.0), ("math", 4.0)):
+    for name, value in (("base", 1.0), ("code", 2.0), ("math", 4.0), ("toxic", 1.5)):
         toy(made / "models" / name, value)
     return made
 
@@ -42,9 +42,14 @@ def test_the_examples_run_in_their_order(folder):
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert len(EXAMPLES) == 9
+    assert len(EXAMPLES) == 14
     merged = {path.name for path in (folder / "merged").iterdir()}
-    assert merged == {"skills", "better", "soup", "careful", "by_recipe"}
+    assert merged == {
+        *("polite", "skills", "better", "soup", "pruned", "code_delta", "code_again", "halfway"),
+        *("greedy", "careful", "by_recipe"),
+    }
+    polite = mk.load(folder / "merged" / "polite").tensor("lm_head.weight")
+    assert polite.tolist() == pytest.approx([1 + 0.8 * (1 + 0.5 * 3 - 0.5)] * 4, rel=2.0**-23)
     careful = mk.load(folder / "merged" / "careful").tensor("lm_head.weight")
     assert careful.tolist() == pytest.approx([1 + 0.5 * 0.01] * 4, rel=2.0**-23)  # float32
     assert mk.load(folder / "merged" / "better").tensor("lm_head.weight")[0].item() == 3.0

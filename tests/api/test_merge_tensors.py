@@ -13,9 +13,20 @@ REQUIRED = {"weight": 0.6, "t": 0.3}
 ROWS = {"flatten": False}
 
 
-def told(name: str) -> dict[str, float]:
+def told(name: str, models: list[torch.Tensor]) -> dict:
     """Return a value for each required parameter."""
-    return {p.field: REQUIRED.get(p.name, 1) for p in parameters(find(name)) if p.required}
+    found = {p.field: REQUIRED.get(p.name, 1) for p in parameters(find(name)) if p.required}
+    if find(name).statistics_of:
+        found["statistics"] = [statistics(find(name).statistics_of, model) for model in models]
+    return found
+
+
+def statistics(of: str, model: torch.Tensor) -> torch.Tensor:
+    """Return an importance for each element, or the Gram matrix of as many inputs as columns."""
+    if of == "elements":
+        return model.float() ** 2
+    columns = model.shape[-1] if model.dim() else 1
+    return torch.eye(columns) * (1 + model.float().abs().sum())
 
 
 def drawn(count: int, shape, dtype=torch.float32) -> list[torch.Tensor]:
@@ -30,19 +41,27 @@ def drawn(count: int, shape, dtype=torch.float32) -> list[torch.Tensor]:
 )
 def test_tensors_and_files_give_the_same_bits(tmp_path, name, more, shape, dtype):
     kind = find(name)
+    if kind.statistics_of == "inputs":  # a matrix, with few columns: their Gram matrix is square
+        shape = (max(shape), min(shape)) if len(shape) == 2 else (*shape, 1)
     base, *models = drawn(1 + min(kind.max_inputs or 3, 3), shape, dtype)
     has_base = kind.needs_base or kind.takes_base
     for i, tensor in enumerate([base, *models]):
         write(tmp_path / str(i), {"tensor": tensor}, None)
+    values = told(name, models)
+    own = [{} for _ in models]
+    for i, one in enumerate(values.get("statistics", [])):
+        write(tmp_path / f"of-{i}", {"tensor": one}, None)
+        own[i] = {"statistics": str(tmp_path / f"of-{i}")}
+    shared = {k.rstrip("_"): v for k, v in values.items() if k != "statistics"}
     recipe = {
         "merge_method": name,
-        "models": [{"model": tmp_path / str(i + 1)} for i in range(len(models))],
-        "parameters": {p.name: told(name)[p.field] for p in parameters(kind) if p.required} | more,
+        "models": [{"model": tmp_path / str(i + 1), "parameters": p} for i, p in enumerate(own)],
+        "parameters": shared | more,
     }
     if has_base:
         recipe["base_model"] = tmp_path / "0"
     mk.merge(recipe, tmp_path / "out")
-    merged = mk.merge_tensors(name, models, base=base if has_base else None, **told(name), **more)
+    merged = mk.merge_tensors(name, models, base=base if has_base else None, **values, **more)
     wanted = load_file(tmp_path / "out" / "model.safetensors")["tensor"]
     assert merged.dtype == wanted.dtype == dtype
     assert torch.equal(merged, wanted)
@@ -54,10 +73,26 @@ def test_every_shape_is_merged(name, shape):
     kind = find(name)
     base, *models = drawn(1 + min(kind.max_inputs or 2, 2), shape)
     before = [tensor.clone() for tensor in (base, *models)]
-    merged = mk.merge_tensors(name, models, base=base if kind.takes_base else None, **told(name))
+    base_or_none = base if kind.takes_base else None
+    values = told(name, models)
+    if kind.statistics_of == "inputs" and len(shape) != 2:
+        with pytest.raises(mk.MergeKitError, match="expected a matrix"):
+            mk.merge_tensors(name, models, **values)
+        return
+    merged = mk.merge_tensors(name, models, base=base_or_none, **values)
     assert merged.shape == shape
     assert torch.isfinite(merged).all()
     assert all(map(torch.equal, before, (base, *models)))  # inputs stay as they are
+
+
+def test_a_method_that_needs_a_base_takes_the_first_tensor():
+    base, one, other = drawn(3, (5,))
+    wanted = mk.merge_tensors("slerp", [one], base=base, t=0.3)
+    assert torch.equal(mk.merge_tensors("slerp", [base, one], t=0.3), wanted)
+    wanted = mk.merge_tensors("task_arithmetic", [one, other], base=base, weights=[0.5, 2.0])
+    found = mk.merge_tensors("task_arithmetic", [base, one, other], weights=[0.5, 2.0])
+    assert torch.equal(found, wanted)
+    assert not torch.equal(mk.merge_tensors("linear", [base, one, other]), found)
 
 
 def test_ten_million_elements():
@@ -108,13 +143,15 @@ def test_gradients_and_other_layouts_do_not_matter():
     ("name", "tensors", "more", "kind", "problem"),
     [
         ("linaer", [torch.ones(1)], {}, mk.PlanError, "did you mean 'linear'"),
-        ("linear", [torch.ones(1)], {}, mk.UsageError, "linear needs weight"),
+        ("slerp", [torch.ones(1)] * 2, {}, mk.UsageError, "slerp needs t"),
+        ("slerp", [torch.ones(1)], {"t": 0.5}, mk.UsageError, "found no models"),
+        ("slerp", torch.ones(2), {"t": 0.5}, mk.UsageError, "expected a list"),
         ("linear", [torch.ones(1)], {"weights": [1.0, 2.0]}, mk.UsageError, "2 values of weight"),
         ("linear", [torch.ones(1)], {"weight": 1, "weights": 1}, mk.UsageError, "one of them"),
         ("linear", [torch.ones(1)], {"t": 1}, mk.UsageError, "has no parameter 't'"),
         ("linear", [torch.ones(2), torch.ones(3)], {"weight": 1}, mk.MismatchError, "shape"),
         ("linear", [torch.ones(1)] * 2, {"weights": [1, -1]}, mk.MergeKitError, "sums to 0"),
-        ("slerp", [torch.ones(1)], {"t": 0.5}, mk.PlanError, "needs a base_model"),
+        ("slerp", [], {"t": 0.5}, mk.UsageError, "slerp needs a base"),
         ("linear", [torch.tensor([torch.nan])], {"weight": 1}, mk.NonFiniteError, "1 NaN"),
         ("linear", [[1.0]], {"weight": 1}, mk.UsageError, "expected a torch.Tensor"),
     ],

@@ -12,9 +12,10 @@ from tests.api.conftest import assert_same
 
 def test_functions_have_the_parameters_of_their_methods():
     found = inspect.signature(mk.task_arithmetic).parameters
-    names = ["models", "base", "seed", "weight", "normalize", "lambda_"]
+    names = ["first", "models", "base", "seed", "weight", "normalize", "lambda_"]
     assert list(found) == names
-    assert found["weight"].default is inspect.Parameter.empty
+    assert found["weight"].default == 1.0
+    assert inspect.signature(mk.slerp).parameters["t"].default is inspect.Parameter.empty
     assert (found["normalize"].default, found["lambda_"].default) == (False, 1.0)
     assert found["lambda_"].annotation == "float | Sequence[float]"
     assert "task vectors" in inspect.getdoc(mk.task_arithmetic)
@@ -29,6 +30,14 @@ def test_a_list_has_one_weight_a_model_and_a_number_is_for_all(family, tmp_path)
     torch.testing.assert_close(own.double(), (code + 3 * math) / 4, rtol=2.0**-11, atol=2.0**-24)
     same = mk.linear(models, weight=5.0)
     assert_same(same.state_dict(), mk.linear(models, weight=[1.0, 1.0]).state_dict())
+
+
+def test_the_base_may_come_first_and_weights_are_one_each(family):
+    base, code, math = family.base, family.code, family.math
+    wanted = mk.task_arithmetic([code, math], base=base, weight=[1.0, 1.0]).state_dict()
+    assert_same(mk.task_arithmetic(base, [code, math]).state_dict(), wanted)
+    assert_same(mk.task_arithmetic(models=[code, math], base=base).state_dict(), wanted)
+    assert_same(mk.linear([code]).state_dict(), code)
 
 
 def test_paths_mappings_and_loaded_models_may_be_mixed(family, tmp_path):
@@ -75,8 +84,13 @@ def test_a_merge_on_disk_is_a_whole_output(family, tmp_path):
     ("call", "problem"),
     [
         (lambda a: mk.linear([a], wieght=1.0), "did you mean 'weight'"),
-        (lambda a: mk.linear([a]), "linear needs weight"),
+        (lambda a: mk.slerp(a, [a]), "slerp needs t"),
         (lambda a: mk.linear([a], weight=[]), "0 values of weight for 1 models"),
+        (lambda a: mk.slerp([a], t=0.5), "slerp needs a base"),
+        (lambda a: mk.slerp(a, [a], base=a, t=0.5), "found the base twice"),
+        (lambda a: mk.slerp([a], [a], t=0.5), "found a list in the place of the base"),
+        (lambda a: mk.linear(), "models of type NoneType, expected a list"),
+        (lambda a: mk.linear([mk.load(a) - mk.load(a)]), "found a TaskVector"),
         (lambda a: mk.linear([a, a], weight=1.0), "the same model stands twice"),
         (lambda a: mk.linear(a, weight=1.0), "expected a list"),
     ],
