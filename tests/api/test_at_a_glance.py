@@ -28,6 +28,6 @@ def test_six_lines_do_what_they_say(tmp_path, monkeypatch):
     merged = mk.load("merged").tensor("lm_head.weight")
     assert merged.tolist() == pytest.approx([1 + 0.8 * (1 + 0.5 * 3 - 0.5)] * 4, rel=2.0**-23)
     assert_same(elected, mk.ties([code, math], base=base, weight=1.0, density=0.2).state_dict())
-    # One element of four is kept of each (at least one): the first, and its mean is 1 + (1 + 3) / 2.
+    # Of four elements one is kept (at least one): the first, and there 1 + (1 + 3) / 2.
     assert elected["lm_head.weight"].tolist() == [3.0, 1.0, 1.0, 1.0]
     assert between.norm() == pytest.approx(1.0, rel=2.0**-22)

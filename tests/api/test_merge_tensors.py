@@ -106,6 +106,33 @@ def test_ten_million_elements():
     assert angle.tolist() == pytest.approx([0.5**0.5] * 2, abs=2.0**-24)
 
 
+TEN_MILLION = 10_000_000
+
+
+@pytest.mark.parametrize(
+    ("name", "told", "kept"),
+    [
+        ("magnitude", {"density": 0.25}, (7_500_000, TEN_MILLION)),
+        ("ties", {"density": 0.25}, (7_500_000, TEN_MILLION)),
+        ("breadcrumbs", {"density": 0.25, "gamma": 0.5}, (2_500_000, 5_000_000)),
+    ],
+)
+def test_the_right_ones_of_ten_million_elements_are_kept(name, told, kept):
+    numbers = torch.arange(TEN_MILLION, dtype=torch.float32)  # exact: whole numbers below 2^24
+    merged = mk.merge_tensors(name, [numbers], base=torch.zeros(TEN_MILLION), **told)
+    first, last = kept
+    assert torch.equal(merged[first:last], numbers[first:last])
+    assert int(merged.count_nonzero()) == last - first
+
+
+def test_a_quarter_of_ten_million_elements_is_kept_at_random():
+    ones = torch.ones(TEN_MILLION)
+    merged = mk.merge_tensors("dare_linear", [ones], base=torch.zeros_like(ones), density=0.25)
+    assert merged.unique().tolist() == [0.0, 4.0]
+    # five standard deviations of a binomial share
+    assert abs(int(merged.count_nonzero()) / TEN_MILLION - 0.25) < 5 * (0.1875 / TEN_MILLION) ** 0.5
+
+
 def test_numbers_worked_by_hand():
     base, code, math = torch.tensor([1.0, 2.0]), torch.tensor([3.0, 2.0]), torch.tensor([1.0, 6.0])
     found = mk.merge_tensors("task_arithmetic", [code, math], base=base, weights=[0.5, 0.25])
