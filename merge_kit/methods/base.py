@@ -155,6 +155,17 @@ class MergeMethod:
         del models
         return 4 * elements
 
+    def flops(self, name: str, shape: tuple[int, ...], models: int) -> float:
+        """Return the operations of solves and decompositions, 0 where reading is what takes time.
+
+        Args:
+            name: Name of the output tensor.
+            shape: Its shape.
+            models: Models, the base not counted.
+        """
+        del name, shape, models
+        return 0.0
+
     def merge(self, slab: Slab, scans: Scans) -> Tensor | Sequence[Tensor]:
         """Return the merged slab, (elements,), of the dtype of the slab."""
         raise NotImplementedError
