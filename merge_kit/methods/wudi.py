@@ -104,8 +104,10 @@ def _solve(deltas: list[Tensor], floor: float, name: str) -> Tensor:
         return torch.zeros_like(deltas[0])
     stacked = torch.cat([delta / length for delta, length in used])
     parts = spectral.decompose(stacked, 0.0, name, KEPT)
-    found, rows = torch.zeros_like(deltas[0]), deltas[0].shape[0]
-    for (_, length), own in zip(used, parts.left.split(rows), strict=True):
+    rows = deltas[0].shape[0]
+    found = stacked.new_zeros(rows, len(parts.values))
+    for i, (_, length) in enumerate(used):
+        own = parts.left[i * rows : (i + 1) * rows]
         inside = (own.T @ own) * parts.values.square().unsqueeze(1) / parts.values
         found.add_(own @ inside, alpha=length)
     return found @ parts.right
