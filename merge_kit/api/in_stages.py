@@ -33,7 +33,7 @@ def inner_results(lowered: Lowered, workers: int, *, allow_nonfinite: bool) -> K
 
     kept: Kept = {}
     for stage in lowered.stages[:-1]:
-        for name, _ in copies(lowered, stage):
+        for name, _ in copies(lowered, tuple(m for m in stage if m.step.agree)):
             del name  # only looked at: integers must be equal in all models
         fresh = [m for m in stage if isinstance(m.held.source, Merged)]
         fresh = [m for m in fresh if _id(m.held.source) not in kept]
