@@ -72,7 +72,7 @@ class Job(ABC):
         work.scratch = self._scratch
         method = self.step.method
         whole = method is not None and method.residency() == "tensor"
-        with self.run.heavy if whole else nullcontext():  # whole tensors one at a time
+        with self.run.heavy.take(self.step.peak_bytes) if whole else nullcontext():
             try:
                 part(index, span, work)
             except NotFinite:

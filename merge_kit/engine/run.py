@@ -20,7 +20,7 @@ from merge_kit.engine.journal import Journal
 from merge_kit.engine.pool import Pool, Task
 from merge_kit.engine.progress import Progress
 from merge_kit.engine.report import Report
-from merge_kit.engine.state import RunState, Tally
+from merge_kit.engine.state import Room, RunState, Tally
 from merge_kit.engine.statistics import InOrder, Passes, chunks, thinning
 from merge_kit.engine.threads import one_torch_thread
 from merge_kit.engine.workspace import Workspace
@@ -67,7 +67,8 @@ def run_plan(
         one_torch_thread(),
         _open_files(len(files) + len(plan.shards)),
     ):
-        run = RunState(plan, folder, reader, writer, journal, tally, allow_nonfinite)
+        room = Room(plan.bill.heavy_bytes)
+        run = RunState(plan, folder, reader, writer, journal, tally, allow_nonfinite, room)
         for shard in plan.shards:
             writer.create(folder / shard.name, shard.nbytes, shard.header)
         resumed = _resume(run)

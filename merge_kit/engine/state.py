@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -46,6 +47,27 @@ class Tally:
                 self.on_progress(event)
 
 
+class Room:
+    """Memory that whole tensors share; one that needs more than there is waits to be alone."""
+
+    def __init__(self, total_bytes: int) -> None:
+        self._total, self._used = total_bytes, 0
+        self._turn = threading.Condition()
+
+    @contextmanager
+    def take(self, count: int) -> Iterator[None]:
+        """Wait until so many bytes are free, and hold them."""
+        with self._turn:
+            self._turn.wait_for(lambda: not self._used or self._used + count <= self._total)
+            self._used += count
+        try:
+            yield
+        finally:
+            with self._turn:
+                self._used -= count
+                self._turn.notify_all()
+
+
 @dataclass(frozen=True)
 class RunState:
     """What the jobs of one run share."""
@@ -57,7 +79,7 @@ class RunState:
     journal: Journal
     tally: Tally
     allow_nonfinite: bool
-    heavy: threading.Lock = field(default_factory=threading.Lock)
+    heavy: Room
 
     def path(self, target: Target) -> Path:
         """Return the file that holds an output tensor."""

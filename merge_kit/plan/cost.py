@@ -20,6 +20,9 @@ CACHE_BYTES = 7_000_000
 """Floats of a slab that a worker works on best: larger ones leave the cache, smaller ones wait for
 one another more often."""
 
+MANY_WHOLE_BYTES = 2 * 2**30
+"""Whole tensors are merged at the same time up to so much memory, one alone whatever it takes."""
+
 MOST_BLOCKS = 8
 MOST_WORKERS = 1024
 _TENSOR_BYTES = 4_000  # of the plan and the journal, for each tensor of an input or output
@@ -142,10 +145,20 @@ def _sized_source(source: Source, blocks: int | None, known: dict[int, Merged]) 
     return known[id(source)]
 
 
-def peak_bytes(steps: Sequence[Step], workers: int, tensors: int) -> int:
+def heavy_bytes(steps: Sequence[Step], workers: int, *, sparing: bool = False) -> int:
+    """Return the memory of whole tensors that are merged at the same time.
+
+    Args:
+        sparing: Whether the largest is all there is room for.
+    """
+    heaviest = max((s.peak_bytes for s in steps if is_whole(s)), default=0)
+    return heaviest if sparing else max(heaviest, min(workers * heaviest, MANY_WHOLE_BYTES))
+
+
+def peak_bytes(steps: Sequence[Step], workers: int, tensors: int, *, sparing: bool = False) -> int:
     """Return the resident memory of the whole process."""
     light = max((s.peak_bytes for s in steps if not is_whole(s)), default=0)
-    heavy = max((s.peak_bytes for s in steps if is_whole(s)), default=0)
+    heavy = heavy_bytes(steps, workers, sparing=sparing)
     return process_bytes() + workers * light + heavy + _TENSOR_BYTES * tensors
 
 
@@ -167,10 +180,11 @@ def fit(
     best: tuple[tuple[Step, ...], int] | None = None
     for blocks in sizes or (None, 2, 1):
         made = tuple(sized(step, blocks) for step in steps)
-        peak = peak_bytes(made, workers, tensors)
-        if memory_bytes is None or peak <= memory_bytes:
-            return made, peak
-        best = (made, peak) if best is None or peak < best[1] else best
+        for sparing in (False, True):
+            peak = peak_bytes(made, workers, tensors, sparing=sparing)
+            if memory_bytes is None or peak <= memory_bytes:
+                return made, peak
+            best = (made, peak) if best is None or peak < best[1] else best
     assert best is not None
     raise _too_large(best[0], best[1], memory_bytes or 0, workers)
 
@@ -216,11 +230,24 @@ def bill(steps: Sequence[Step], workers: int, peak: int, scanned: Sequence[Step]
     Args:
         scanned: Steps that are only scanned, for statistics over a whole model.
     """
-    most = sorted((scratch_bytes(step) for step in (*steps, *scanned)), reverse=True)
+    every = (*steps, *scanned)
+    most = sorted((scratch_bytes(step) for step in every), reverse=True)
+    sparing = peak < peak_bytes(every, workers, 0)
     return Bill(
         read_bytes=sum(read_bytes(step) for step in (*steps, *scanned)),
         written_bytes=sum(t.spec.nbytes for step in steps for t in step.outputs),
         scratch_bytes=sum(most[: workers + 1]),
         peak_bytes=peak,
         workers=workers,
+        heavy_bytes=heavy_bytes(every, workers, sparing=sparing),
+        flops=sum(flops(step) for step in steps),
     )
+
+
+def flops(step: Step) -> float:
+    """Return the operations of a step's solves and decompositions."""
+    if step.method is None or step.action == "copy":
+        return 0.0
+    spec = step.outputs[0].spec
+    own = step.method.flops(step.outputs[0].key, spec.shape, len(step.inputs))
+    return own + sum(flops(source.step) for source in merged_sources(step))

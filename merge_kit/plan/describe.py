@@ -7,7 +7,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from merge_kit.core.sizes import format_count, format_size
-from merge_kit.plan.values import Plan, PlanInput, SideFile
+from merge_kit.plan.values import Bill, Plan, PlanInput, SideFile
+
+FLOPS = 20e9
+"""Operations a second of one thread, as a guess."""
 
 SHOWN = 3
 """Names that are listed before `and 12 more`."""
@@ -110,6 +113,16 @@ def _side_files(files: Sequence[SideFile]) -> list[str]:
     return [f"{len(names):,} {what}: {first_of(names)}" for what, names in kinds if names]
 
 
+def _solves(bill: Bill) -> str:
+    """Return how long decompositions and solves take on a usual processor."""
+    seconds = bill.flops / (FLOPS * bill.workers)
+    shown = f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
+    threads = plural(bill.workers, "thread")
+    return (
+        f"{bill.flops / 1e12:.3g} TFLOP, about {shown} with {threads} of {FLOPS / 1e9:.0f} GFLOP/s"
+    )
+
+
 def _costs(plan: Plan, free_bytes: int | None) -> list[Row]:
     bill = plan.bill
     needed = bill.written_bytes + bill.scratch_bytes
@@ -117,6 +130,8 @@ def _costs(plan: Plan, free_bytes: int | None) -> list[Row]:
         Row("read", format_size(bill.read_bytes)),
         Row("write", f"{format_size(bill.written_bytes)} in {plural(len(plan.shards), 'shard')}"),
     ]
+    if bill.flops:
+        rows.append(Row("solves", _solves(bill)))
     if bill.scratch_bytes:
         rows.append(Row("scratch", format_size(bill.scratch_bytes)))
     if free_bytes is not None:

@@ -145,6 +145,8 @@ class Bill:
         scratch_bytes: Of tensors spilled between stages.
         peak_bytes: Resident memory of the whole process.
         workers: Threads that merge.
+        heavy_bytes: Memory that whole tensors which are merged at the same time may take together.
+        flops: Operations of solves and decompositions; 0 where reading is what takes time.
     """
 
     read_bytes: int
@@ -152,6 +154,8 @@ class Bill:
     scratch_bytes: int
     peak_bytes: int
     workers: int
+    heavy_bytes: int = 0
+    flops: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
