@@ -13,7 +13,7 @@ from merge_kit.core.tensors import BLOCK
 from merge_kit.methods.evidence import operand_name
 from merge_kit.methods.registry import find, names, parameters
 from tests.engine.handmade import run, step, stored
-from tests.variants import VARIANTS, Variant, make
+from tests.variants import VARIANTS, make
 
 CLAIMS = [
     pytest.param(variant, law, id=f"{variant}-{law}")

@@ -17,7 +17,7 @@ from tests.toys import write
 WEIGHTS = (0.5, 1.25, 0.75, 1.0, 0.25, 1.5, 2.0, 0.625)
 """Powers of two and sums of few: products with small multiples of one are exact."""
 
-EXACT = ("tied", "zeros", "same", "bases", "scalar_zero", "one_zero")
+EXACT = ("tied", "low_rank", "zeros", "same", "bases", "scalar_zero", "one_zero")
 """Tensors whose sums are exact in float32, so that every vote and every tie is sure."""
 
 Tensors = dict[str, Tensor]
@@ -80,6 +80,7 @@ def _fine_tunes(count: int, generator: torch.Generator) -> dict[str, tuple[Tenso
         return steps.double() * unit
 
     found = {"random": tuned(37, 53), "far": tuned(31, 47, size=1.0), "deep": tuned(3, 5, 7)}
+    found |= {"experts": tuned(3, 6, 5), "kernel": tuned(4, 3, 2, 3)}
     found |= {"vector": tuned(97), "row": tuned(1, 41), "column": tuned(41, 1)}
     found |= {"one": tuned(1), "scalar": tuned(), "single": tuned(1, 1), "wide": tuned(5, 96)}
     base, models = tuned(48, 40)
@@ -88,6 +89,9 @@ def _fine_tunes(count: int, generator: torch.Generator) -> dict[str, tuple[Tenso
     found["sparse"] = base, sparse
     base = grid(48, 64, most=32, unit=2.0**-6)
     found["tied"] = base, [base + grid(48, 64, most=3, unit=2.0**-7) for _ in range(count)]
+    base = grid(36, 40, most=32, unit=2.0**-6)
+    ranks = [grid(36, 3, most=1, unit=1.0) @ grid(3, 40, most=1, unit=2.0**-7) for _ in models]
+    found["low_rank"] = base, [base + rank for rank in ranks]
     found["zeros"] = torch.zeros(8, 9), [torch.zeros(8, 9)] * count
     base, (model,) = grid(9, 10, most=32, unit=2.0**-6), [grid(9, 10, most=16, unit=2.0**-6)]
     found["same"] = base, [model] * count

@@ -14,14 +14,18 @@ import numpy as np
 
 from tests.oracles.values import Array
 
-SMALL = 1e-7
+SMALL = 1e-6
 """Singular values below this share of the largest are rounding, and have no vectors."""
 
 
-def decomposed(matrix: Array) -> tuple[Array, Array, Array]:
-    """Return the singular vectors and values that are more than rounding."""
+def decomposed(matrix: Array, largest: float = 0.0) -> tuple[Array, Array, Array]:
+    """Return the singular vectors and values that are more than rounding.
+
+    Args:
+        largest: Size of what the matrix was made from, if that is more than its own.
+    """
     left, values, right = np.linalg.svd(matrix, full_matrices=False)
-    keep = values > SMALL * (values[0] if len(values) else 0)
+    keep = values > SMALL * max([largest, *values[:1]])
     return left[:, keep], values[keep], right[keep]
 
 
@@ -32,8 +36,11 @@ def nearest_orthogonal(matrix: Array) -> Array:
 
 
 def tsv(deltas: Sequence[Array]) -> Array:
-    """Return the merged task vector of TSV-M: truncated, then decorrelated."""
-    rank = min(deltas[0].shape) // len(deltas)
+    """Return the merged task vector of TSV-M: truncated, then decorrelated.
+
+    The paper truncates to min(rows, columns) / models; of more models than that, to 1.
+    """
+    rank = max(1, min(deltas[0].shape) // len(deltas))
     parts = [tuple(decomposed(d)) for d in deltas]
     left = np.concatenate([u[:, :rank] for u, _, _ in parts], axis=1)
     values = np.concatenate([s[:rank] for _, s, _ in parts])
@@ -43,29 +50,33 @@ def tsv(deltas: Sequence[Array]) -> Array:
     return nearest_orthogonal(left) @ (values[:, None] * nearest_orthogonal(right))
 
 
-def iso_c(deltas: Sequence[Array]) -> Array:
+def iso_c(deltas: Sequence[Array], *, of_rank: bool = False) -> Array:
     """Return the sum of the task vectors with all its singular values at their mean."""
-    total = sum(deltas)
-    left, values, right = decomposed(total)
-    return values.sum() / min(total.shape) * (left @ right) if len(values) else np.zeros_like(total)
+    left, values, right = decomposed(sum(deltas))
+    count = len(values) if of_rank else min(deltas[0].shape)
+    return values.sum() / max(count, 1) * (left @ right)
 
 
 def iso_cts(deltas: Sequence[Array], common: float) -> Array:
-    """Return a flat spectrum over directions of the sum, and of each task beside them."""
+    """Return a flat spectrum over directions of the sum, and of each task beside them.
+
+    The authors' counts: int(common r) directions are shared, what is left is divided among the
+    tasks, rounded, and what that leaves is shared too.
+    """
     total, count = sum(deltas), len(deltas)
     size = min(total.shape)
-    of_each = int(size * (1 - common) / count)
+    of_each = round((size - int(size * common)) / count)
     shared = size - of_each * count
-    left, values, right = np.linalg.svd(total, full_matrices=False)
+    left, values, right = (part for part in decomposed(total))
     lefts, spectrum, rights = [left[:, :shared]], [values[:shared]], [right[:shared]]
     beside = np.eye(total.shape[0]) - lefts[0] @ lefts[0].T
     for delta in deltas:
-        u, s, v = np.linalg.svd(beside @ delta, full_matrices=False)
+        u, s, v = decomposed(beside @ delta, float(np.linalg.norm(delta, 2)))
         lefts.append(u[:, :of_each])
         spectrum.append(s[:of_each])
         rights.append(v[:of_each])
     left, right = np.concatenate(lefts, axis=1), np.concatenate(rights, axis=0)
-    mean = np.concatenate(spectrum).mean()
+    mean = np.concatenate(spectrum).sum() / size
     return mean * (nearest_orthogonal(left) @ nearest_orthogonal(right))
 
 

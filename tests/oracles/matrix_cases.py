@@ -8,9 +8,9 @@ import numpy as np
 from safetensors.torch import load_file
 
 from tests.oracles import matrices
-from tests.oracles.case import Case
-from tests.oracles.inputs import WEIGHTS, Inputs, Oracle
-from tests.oracles.values import Array, Wanted, certain, summed
+from tests.oracles.case import SIGNED, Case, signed
+from tests.oracles.inputs import WEIGHTS, Inputs, Oracle, each
+from tests.oracles.values import Array, Wanted, added, certain, summed
 
 
 def weighed(kind: str) -> Callable[[int], dict[str, object]]:
@@ -65,6 +65,77 @@ def mass_of_rows(models: Sequence[Array]) -> Array:
     largest = sum(np.abs(m).max(axis=1, keepdims=True) for m in models)
     return np.broadcast_to(largest, models[0].shape)
 
+
+def spectral(
+    merge: Callable[[list[Array]], Array],
+    factor: float,
+    weights: Sequence[float],
+    other: float | None = None,
+) -> Oracle:
+    """Return base + factor * what a method makes of w d, matrix by matrix."""
+
+    def of_one(inputs: Inputs, name: str, base: Array, models: list[Array]) -> Wanted:
+        used = weights[: len(models)]
+        of_rest = factor / len(models) if other is None else other
+        if base.ndim < 2:
+            return added(base, models, [of_rest * w for w in used])
+        terms = [w * (m - base) for w, m in zip(used, models, strict=True)]
+        if base.size == 0:
+            return added(base, models, used)
+        matrix = base.shape if name == "experts" else (1, base.shape[0], -1)
+        stacks = [t.reshape(matrix) for t in terms]
+        merged = [merge([s[i] for s in stacks]) for i in range(len(stacks[0]))]
+        value = base + factor * np.array(merged).reshape(base.shape)
+        largest = sum(
+            abs(factor * w) * (np.abs(m).max() + np.abs(base).max())
+            for w, m in zip(used, models, strict=True)
+        )
+        return certain(value, np.abs(base) + largest)
+
+    return each(of_one)
+
+
+FAR = 2.0**-36
+"""The measure of float64 where decompositions amplify rounding."""
+
+SPECTRAL: dict[str, Case] = {
+    "tsv": Case("tsv", spectral(matrices.tsv, 1.0, SIGNED), of_each=signed, wide_unit=FAR),
+    "tsv-other": Case(
+        "tsv",
+        spectral(matrices.tsv, 0.6, WEIGHTS, 0.25),
+        {"lambda": 0.6, "other_weight": 0.25},
+        wide_unit=FAR,
+    ),
+    "iso_c": Case(
+        "iso_c", spectral(matrices.iso_c, 1.5, SIGNED), {"lambda": 1.5}, signed, wide_unit=FAR
+    ),
+    "iso_c-rank": Case(
+        "iso_c",
+        spectral(lambda d: matrices.iso_c(d, of_rank=True), 1.0, WEIGHTS),
+        {"mean_over": "rank"},
+        wide_unit=FAR,
+    ),
+    "iso_cts": Case(
+        "iso_cts",
+        spectral(lambda d: matrices.iso_cts(d, 0.8), 1.5, WEIGHTS),
+        {"lambda": 1.5},
+        wide_unit=FAR,
+    ),
+    "iso_cts-half": Case(
+        "iso_cts",
+        spectral(lambda d: matrices.iso_cts(d, 0.5), 1.0, SIGNED),
+        {"common": 0.5},
+        signed,
+        wide_unit=FAR,
+    ),
+    "wudi": Case("wudi", spectral(matrices.wudi, 1.0, SIGNED), of_each=signed, wide_unit=FAR),
+    "wudi-other": Case(
+        "wudi",
+        spectral(matrices.wudi, 0.4, WEIGHTS, 1.0),
+        {"lambda": 0.4, "other_weight": 1.0},
+        wide_unit=FAR,
+    ),
+}
 
 EVIDENCE: dict[str, Case] = {
     "fisher": Case("fisher", fisher(by_size=True, floor=1e-6), {}, weighed("f"), base=False),

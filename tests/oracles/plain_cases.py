@@ -81,7 +81,7 @@ def karcher(steps: int, tol: float) -> Oracle:
 def stock(*, by_row: bool) -> Oracle:
     def of_tensor(base: Array, *models: Array) -> Wanted:
         share = spheres.stock_share([m - base for m in models])
-        return spheres.stocked(base, models, max(share, 0.0))
+        return spheres.stocked(base, models, share)
 
     def of_one(inputs: Inputs, name: str, base: Array, models: list[Array]) -> Wanted:
         if by_row:

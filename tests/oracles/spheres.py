@@ -123,21 +123,17 @@ def karcher(models: Sequence[Array], weights: Sequence[float], steps: int, tol: 
     return summed([models[i] for i in living], scaled)
 
 
+def cosine(left: Array, right: Array) -> float:
+    """Return the cosine of two vectors, exactly 0 at right angles and for a zero vector."""
+    lengths = WIDE(length(left)) * WIDE(length(right))
+    return float(np.sum(left.astype(WIDE) * right.astype(WIDE)) / lengths) if lengths else 0.0
+
+
 def stock_share(deltas: Sequence[Array]) -> float:
-    """Return t = n c / (1 + (n - 1) c), c the mean cosine of all pairs; a zero vector's is 0."""
-    cosines = []
-    for left, right in combinations(deltas, 2):
-        theta = angle(left, right)
-        cosines.append(0.0 if theta is None else float(np.cos(theta)))
-    count, cosine = len(deltas), float(np.mean(cosines))
-    below = 1 + (count - 1) * cosine
-    return count * cosine / below if abs(below) > 1e-6 else 0.0
-
-
-def model_stock(base: Array, models: Sequence[Array]) -> tuple[Wanted, float]:
-    """Return base + t mean(delta), and t before any clamping."""
-    share = stock_share([m - base for m in models])
-    return stocked(base, models, share), share
+    """Return t = n c / (1 + (n - 1) c), c the mean cosine of all pairs, at least 0."""
+    pairs = list(combinations(deltas, 2))
+    mean = max(0.0, sum(cosine(left, right) for left, right in pairs) / len(pairs))
+    return len(deltas) * mean / (1 + (len(deltas) - 1) * mean)
 
 
 def stocked(base: Array, models: Sequence[Array], share: float) -> Wanted:
