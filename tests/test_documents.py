@@ -66,4 +66,6 @@ def test_the_recipe_of_the_readme_merges_in_the_shell_and_in_python(tmp_path):
     assert files[0].read_bytes() == files[1].read_bytes()
     soup, skill = (load_file(file)["model.norm.weight"] for file in files[1:])
     assert soup.tolist() == torch.full((4,), 0.6 * 2 + 0.4 * 4).bfloat16().tolist()
-    assert skill.tolist() == torch.full((4,), 1 + 0.8 * (2 - 1)).bfloat16().tolist()
+    assert (
+        skill.tolist() == torch.full((4,), 1 + 0.8 * ((2 - 1) + 0.5 * (4 - 1))).bfloat16().tolist()
+    )

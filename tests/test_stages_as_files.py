@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from merge_kit.core.tensors import BLOCK
+from merge_kit.errors import MismatchError
 from tests.toys import config, merge, plan, write
 
 SHAPES = {
@@ -200,3 +201,13 @@ def test_what_a_rule_copies_from_a_stage_without_a_dtype_takes_that_of_the_outpu
     stages += 'tensors: [{match: "*", copy: s0}]\n'
     for line, wanted in (("", "BF16"), ("dtype: float32\n", "F32"), ("dtype: float16\n", "F16")):
         assert dict(plan(stages + line, folder).dtypes) == {wanted: 6, "I64": 1}
+
+
+def test_integers_that_differ_inside_a_stage_are_an_error(tmp_path):
+    for name, last in (("a", 1), ("b", 2)):
+        write(tmp_path / name, {"x": torch.ones(3), "ids": torch.tensor([0, last])}, None)
+    stages = "name: s\nmerge_method: linear\nparameters: {weight: 1}\n"
+    stages += "models: [{model: a}, {model: b}]\n---\n"
+    stages += "merge_method: slerp\nbase_model: a\nparameters: {t: 0.5}\nmodels: [{model: s}]\n"
+    with pytest.raises(MismatchError, match="values differ between input-1:a and input-2:b"):
+        merge(stages, tmp_path)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from math import sqrt
 from typing import Any, Literal
 
-from merge_kit.api.changes import Sum, prunes, shown
+from merge_kit.api.changes import Sum
 from merge_kit.api.deltas import scanned
 from merge_kit.architecture.stacks import outermost
 from merge_kit.core.names import natural_key
@@ -125,11 +125,6 @@ def _scanned(
     sums: Sequence[Sum], measures: Sequence[str]
 ) -> list[tuple[str, int, Mapping[str, Any]]]:
     """Return name, elements and measures of each tensor, in natural order."""
-    whole = next((t for t in sums for one in prunes(t) if one.scope == "model"), None)
-    if whole is not None:
-        hint = "save it, and measure what TaskVector.load gives"
-        problem = f"what is pruned over the whole model cannot be measured: {shown(whole)}"
-        raise UsageError(problem, hint=hint)
     found = [
         (step.outputs[0].key, step.outputs[0].spec.numel, results)
         for step, results in scanned(sums, measures)

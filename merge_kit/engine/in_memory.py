@@ -180,10 +180,13 @@ def scan_each(steps: Sequence[Step], files: Iterable[WeightFile], *, workers: in
     """Return what the scans of each step find: name -> result."""
     found: list[Results] = [{}] * len(steps)
     with Reader(files) as reader, one_torch_thread():
+        shared = _whole_model(reader, steps, workers, lax=False)
 
         def task(index: int) -> Task:
             def run(work: Workspace) -> Sequence[Task]:
-                found[index] = _scanned(Kernel(reader), steps[index], {}, work)
+                step = steps[index]
+                known = shared.get(group_of(step), {})
+                found[index] = _scanned(Kernel(reader), step, known, work)
                 return ()
 
             return run

@@ -73,7 +73,7 @@ def run_plan(
             writer.create(folder / shard.name, shard.nbytes, shard.header)
         resumed = _resume(run)
         left = [(i, step) for i, step in enumerate(plan.steps) if i not in resumed]
-        check_agreement(reader, [step for _, step in left])
+        check_agreement(reader, [*plan.agreeing, *(step for _, step in left)])
         shared = _whole_model(run, stop) if left else {}
         Pool(plan.bill.workers, stop).run(_tasks(run, left, shared))
         if stop.is_set():

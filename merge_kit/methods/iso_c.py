@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import hypot
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from merge_kit.methods import spectral
@@ -73,11 +74,11 @@ class IsoC(MergeMethod):
         weights = self.weight or (1.0,) * len(slab.deltas)
         return spectral.merged(slab, weights, self.lambda_, self.other_weight, self._solve)
 
-    def _solve(self, deltas: list[Tensor], floor: float, name: str) -> Tensor:
+    def _solve(self, deltas: list[Tensor], floors: list[float], name: str) -> Tensor:
         total = deltas[0]
         for delta in deltas[1:]:
             total.add_(delta)
-        parts = spectral.decompose(total, floor, name)
+        parts = spectral.decompose(total, hypot(*floors), name)
         if not len(parts.values):
             return torch.zeros_like(total)
         count = len(parts.values) if self.mean_over == "rank" else min(total.shape)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import hypot
 from typing import TYPE_CHECKING, ClassVar
 
 from merge_kit.errors import ParameterError
@@ -77,7 +78,7 @@ class IsoCTS(MergeMethod):
         weights = self.weight or (1.0,) * len(slab.deltas)
         return spectral.merged(slab, weights, self.lambda_, self.other_weight, self._solve)
 
-    def _solve(self, deltas: list[Tensor], floor: float, name: str) -> Tensor:
+    def _solve(self, deltas: list[Tensor], floors: list[float], name: str) -> Tensor:
         size, tasks = min(deltas[0].shape), len(deltas)
         own = round((size - int(size * self.common)) / tasks)
         own = min(own, size // tasks)
@@ -85,11 +86,14 @@ class IsoCTS(MergeMethod):
         total = torch.zeros_like(deltas[0])
         for delta in deltas:
             total.add_(delta)
-        parts = [spectral.decompose(total, floor, name).first(shared)]
+        noise = hypot(*floors)
+        parts = [spectral.decompose(total, noise, name).first(shared)]
         lead = parts[0].left
         for delta in deltas:
+            # The shared directions are as noisy as the sum, and what cancels leaves that behind.
+            least = max(noise, spectral.NOISE * spectral.norm(delta))
             rest = delta.sub_(lead @ (lead.T @ delta))
-            parts.append(spectral.decompose(rest, floor, name).first(own))
+            parts.append(spectral.decompose(rest, least, name).first(own))
         values = torch.cat([part.values for part in parts])
         if not len(values):
             return torch.zeros_like(total)

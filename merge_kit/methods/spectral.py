@@ -52,14 +52,13 @@ class Parts:
         return Parts(self.left[:, :count], self.values[:count], self.right[:count])
 
 
-def decompose(matrix: Tensor, floor: float, name: str, share: float = NOISE) -> Parts:
+def decompose(matrix: Tensor, floor: float, name: str) -> Parts:
     """Return the singular vectors whose values are more than rounding.
 
     Args:
         matrix: (rows, columns), float64.
-        floor: The largest singular value that is rounding.
+        floor: The largest singular value that is rounding; so is `NOISE` of the largest of all.
         name: The tensor, for messages.
-        share: Of the largest singular value; what is below it is rounding too.
 
     Raises:
         SolveError: If the decomposition does not succeed.
@@ -71,7 +70,7 @@ def decompose(matrix: Tensor, floor: float, name: str, share: float = NOISE) -> 
         hint = "merge this tensor by another method, with a rule under `tensors:`"
         raise SolveError(problem, where=name, hint=hint) from exc
     largest = float(values[0]) if len(values) else 0.0
-    kept = int((values > max(share * largest, floor)).sum())
+    kept = int((values > max(NOISE * largest, floor)).sum())
     return Parts(left, values, right).first(kept)
 
 
@@ -100,6 +99,12 @@ def nearest_orthogonal(vectors: Tensor, name: str) -> Tensor:
     return parts.left @ parts.right
 
 
+def norm(matrix: Tensor) -> float:
+    """Return the length of a matrix of float64; its squares neither vanish nor overflow."""
+    largest = float(matrix.abs().max()) if matrix.numel() else 0.0
+    return largest * float(torch.linalg.vector_norm(matrix / largest)) if largest else 0.0
+
+
 def rounding_floor(base: Tensor) -> float:
     """Return the spectral norm of what rounding a float32 matrix like the base leaves, about.
 
@@ -112,8 +117,11 @@ def rounding_floor(base: Tensor) -> float:
     return 2.0**-24 * size * (sqrt(base.shape[0]) + sqrt(base.shape[1]))
 
 
-Solve = Callable[[list["Tensor"], float, str], "Tensor"]
-"""Returns the merge of task vectors, (rows, columns) each in float64; floor; name of the tensor."""
+Solve = Callable[[list["Tensor"], list[float], str], "Tensor"]
+"""Returns the merge of task vectors, (rows, columns) each in float64.
+
+It gets, for each, the largest singular value that is rounding; and the name of the tensor.
+"""
 
 
 def merged(
@@ -138,7 +146,8 @@ def merged(
     for at in range(0, rows.shape[1], size):
         deltas = [row[at : at + size].double().view(shape[1:]).mul(w) for row, w in used]
         base = slab.base[at : at + size]
-        found = solve(deltas, rounding_floor(base.view(shape[1:])), slab.name)
+        floor = rounding_floor(base.view(shape[1:]))
+        found = solve(deltas, [floor * abs(w) for _, w in used], slab.name)
         sum_ = found.mul_(lambda_).flatten().add_(base.double())
         rows[0][at : at + size].copy_(sum_)
     return rows[0]

@@ -82,9 +82,12 @@ class TSV(MergeMethod):
         return spectral.svd_flops(shape, name) * (models + 2)
 
 
-def _solve(deltas: list[Tensor], floor: float, name: str) -> Tensor:
+def _solve(deltas: list[Tensor], floors: list[float], name: str) -> Tensor:
     count = max(1, min(deltas[0].shape) // len(deltas))
-    parts = [spectral.decompose(delta, floor, name).first(count) for delta in deltas]
+    parts = [
+        spectral.decompose(delta, floor, name).first(count)
+        for delta, floor in zip(deltas, floors, strict=True)
+    ]
     values = torch.cat([part.values for part in parts])
     if not len(values):
         return torch.zeros_like(deltas[0])

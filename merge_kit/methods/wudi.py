@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import hypot
 from typing import TYPE_CHECKING, ClassVar
 
 from merge_kit.methods import spectral
@@ -14,9 +15,6 @@ from merge_kit.methods.registry import register
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-KEPT = 1e-9
-"""Singular values below this share of the largest say nothing and are left out."""
 
 
 @register("wudi")
@@ -29,9 +27,10 @@ class WUDI(MergeMethod):
 
     The inputs of a linear layer lie mostly in the rows of its task vector, so that M does for the
     inputs of each task about what its own task vector does: it is regmean with the task vectors in
-    place of data. In directions of which no task vector says anything M is zero, as it is where
-    gradient descent from the sum of the task vectors ends. Task vectors that are zero are left
-    out. Matrices are as in tsv. What is no matrix is base + other_weight * sum(w_i d_i).
+    place of data. In directions of which no task vector says more than the rounding of float32, M
+    is zero, as it is where gradient descent from the sum of the task vectors ends. Task vectors
+    that are zero are left out. Matrices are as in tsv. What is no matrix is base + other_weight *
+    sum(w_i d_i).
 
     Scope: each matrix. Vote: none. Normalisation: none.
 
@@ -90,30 +89,25 @@ class WUDI(MergeMethod):
         return count * spectral.svd_flops((models * rows, columns), name)
 
 
-def _solve(deltas: list[Tensor], floor: float, name: str) -> Tensor:
+def _solve(deltas: list[Tensor], floors: list[float], name: str) -> Tensor:
     """Return the minimum, from the singular vectors of all task vectors one below the other.
 
     With D of the d_i / |d_i| = Z S V^T, and Z_i the rows of Z that belong to d_i:
     d_i G_i = |d_i| Z_i S^2 Z_i^T Z_i S V^T, and the inverse of sum(G_i) is V S^-2 V^T.
-    A weight makes |d_i| larger, and nothing else.
+    A weight makes |d_i| larger, and nothing else. Directions of small S are made larger by 1 / S:
+    those that are the rounding of float32 must not be there.
     """
-    del floor  # what is small stays small: nothing is made larger here
-    lengths = [_length(delta) for delta in deltas]
+    lengths = [spectral.norm(delta) for delta in deltas]
     used = [(delta, length) for delta, length in zip(deltas, lengths, strict=True) if length]
     if not used:
         return torch.zeros_like(deltas[0])
     stacked = torch.cat([delta / length for delta, length in used])
-    parts = spectral.decompose(stacked, 0.0, name, KEPT)
+    shares = [floor / length for floor, length in zip(floors, lengths, strict=True) if length]
+    parts = spectral.decompose(stacked, hypot(*shares), name)
     rows = deltas[0].shape[0]
     found = stacked.new_zeros(rows, len(parts.values))
     for i, (_, length) in enumerate(used):
         own = parts.left[i * rows : (i + 1) * rows]
         inside = (own.T @ own) * parts.values.square().unsqueeze(1) / parts.values
-        found.add_(own @ inside, alpha=length)
+        found.add_((own @ inside).mul_(length))
     return found @ parts.right
-
-
-def _length(delta: Tensor) -> float:
-    """Return the length of a task vector; its squares neither vanish nor overflow."""
-    largest = float(delta.abs().max())
-    return largest * float(torch.linalg.vector_norm(delta / largest)) if largest else 0.0

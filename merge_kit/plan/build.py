@@ -167,6 +167,7 @@ def _finish(
         notes=findings.notes,
         identity=_identity(recipe, (*values, *statistics), sized),
         seed=recipe.seed,
+        agreeing=tuple(m.step for p in planned[:-1] for m in p.made if m.step.agree),
         whole_model=(*more, *(s for s in sized if s.group == last.number and model_scans(s))),
         statistics=statistics,
     )

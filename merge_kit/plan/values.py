@@ -175,6 +175,7 @@ class Plan:
         seed: Seed of the run.
         whole_model: Every step of the stages that need statistics over their whole result,
             those too that the output does without.
+        agreeing: Copies of stages that feed others, whose inputs must be equal.
         statistics: Files that models are weighed by, "statistics-1" and so on.
     """
 
@@ -194,6 +195,7 @@ class Plan:
     identity: str
     seed: int
     whole_model: tuple[Step, ...] = ()
+    agreeing: tuple[Step, ...] = ()
     statistics: tuple[PlanInput, ...] = ()
 
     @property

@@ -170,3 +170,12 @@ def test_signs_and_merges_by_themselves():
     sign = consensus.signs(rows, [1.0, 1.0], "mass")
     assert sign.tolist() == [1, -1, 1]
     assert consensus.disjoint(rows, [1.0, 1.0], sign, "mean").tolist() == [1, -1.5, 0]
+
+
+@pytest.mark.parametrize("size", [2, 200_000])
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+def test_what_is_not_finite_is_found_in_tensors_of_every_size(size, bad):
+    model = torch.ones(size)
+    model[1] = bad
+    with pytest.raises(MergeKitError, match="1 in input-1"):
+        merged("magnitude", model, base=torch.zeros(size), density=0.5)
