@@ -108,9 +108,11 @@ def merged(bench: Bench, method: str, experts: Sequence[str], setting: Setting) 
         parameters["statistics"] = [
             str(bench.statistics / f"{kind}-{e}.safetensors") for e in experts
         ]
-    base = None if method in ("linear", "karcher", "regmean", "fisher") else str(DEMO / "base")
-    function = getattr(mk, method)
-    lazy = function([str(DEMO / expert) for expert in experts], base=base, **parameters)
+    grid, models = GRID[method], [str(DEMO / expert) for expert in experts]
+    base = None if grid.without_base else str(DEMO / "base")
+    if grid.one_on_another:
+        base, *models = models
+    lazy = getattr(mk, method)(models, base=base, **parameters)
     weights = {n: t.float() for n, t in lazy.state_dict(dtype="bfloat16").items()}
     like = bench.models["base"]
     return Llama(like.config, weights, like.tokens)

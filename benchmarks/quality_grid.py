@@ -15,10 +15,14 @@ class Grid:
 
     Attributes:
         only_two: Whether the method takes two models only.
+        one_on_another: Whether it takes the first of them as its base.
+        without_base: Whether it does without a base.
     """
 
     values: Mapping[str, Sequence[Any]]
     only_two: bool = False
+    one_on_another: bool = False
+    without_base: bool = False
 
 
 LAMBDAS = (0.3, 0.5, 0.7, 0.9, 1.0, 1.2, 1.5)
@@ -27,12 +31,12 @@ RANDOM = (0.5, 0.8)
 SHARES = (0.3, 0.5, 0.7)
 
 GRID: Mapping[str, Grid] = {
-    "linear": Grid({"weight": (1.0,)}),
+    "linear": Grid({"weight": (1.0,)}, without_base=True),
     "rescale": Grid({"weight": (1.0,), "by": ("norm", "std")}),
-    "slerp": Grid({"t": SHARES}, only_two=True),
+    "slerp": Grid({"t": SHARES}, only_two=True, one_on_another=True),
     "nuslerp": Grid({"weight": (1.0,), "nuslerp_flatten": (True, False)}, only_two=True),
     "multislerp": Grid({"weight": (1.0,)}),
-    "karcher": Grid({}),
+    "karcher": Grid({}, without_base=True),
     "model_stock": Grid({"filter_wise": (False, True)}),
     "task_arithmetic": Grid({"weight": (1.0,), "lambda_": LAMBDAS}),
     "magnitude": Grid({"weight": (1.0,), "density": DENSITIES, "lambda_": LAMBDAS}),
@@ -66,12 +70,15 @@ GRID: Mapping[str, Grid] = {
     "sce": Grid({"select_topk": (0.1, 0.5, 1.0)}),
     "ram": Grid({}),
     "ramplus_tl": Grid({"alpha": (0.2, 0.5)}),
-    "arcee_fusion": Grid({}, only_two=True),
-    "nearswap": Grid({"t": (0.001, 0.01, 0.1)}, only_two=True),
+    "arcee_fusion": Grid({}, only_two=True, one_on_another=True),
+    "nearswap": Grid({"t": (0.001, 0.01, 0.1)}, only_two=True, one_on_another=True),
     "tsv": Grid({"lambda_": LAMBDAS}),
     "iso_c": Grid({"lambda_": LAMBDAS}),
     "iso_cts": Grid({"lambda_": LAMBDAS}),
     "wudi": Grid({"lambda_": LAMBDAS}),
-    "fisher": Grid({"weight": (1.0,), "statistics": ("fisher",)}),
-    "regmean": Grid({"weight": (1.0,), "statistics": ("gram",)}),
+    "fisher": Grid({"weight": (1.0,), "statistics": ("fisher",)}, without_base=True),
+    "regmean": Grid(
+        {"weight": (1.0,), "scale_off_diagonal": (0.9, 1.0), "statistics": ("gram",)},
+        without_base=True,
+    ),
 }
