@@ -78,7 +78,7 @@ class WUDI(MergeMethod):
 
     def scratch_bytes(self, models: int, elements: int) -> int:
         """Return the bytes of task vectors, products and work space in float64."""
-        return spectral.scratch_bytes(models, elements)
+        return 8 * elements * (9 * models + 6)  # measured: 83 of these 96 for 10 of (350, 3000)
 
     def flops(self, name: str, shape: tuple[int, ...], models: int) -> float:
         """Return the operations of one decomposition of all task vectors."""
