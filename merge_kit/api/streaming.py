@@ -42,7 +42,7 @@ def _plan(lowered: Lowered, shard_bytes: int, workers: int) -> tuple[Plan, list[
         layers=None,
         parameters=sum(t.spec.numel for step in steps for t in step.outputs),
         dtypes=(),
-        bill=cost.bill(steps, workers, peak, more),
+        bill=cost.bill(steps, workers, peak, more, len(lowered.read) * len(placed)),
         notes=(),
         identity="",
         seed=lowered.seed,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from merge_kit.engine.kernel import Kernel
+from merge_kit.engine.kernel import Kernel, NotFinite
 from merge_kit.engine.rounding import nonfinite, round_into
 from merge_kit.engine.statistics import slabs, step_elements
 from merge_kit.engine.workspace import Workspace
@@ -42,7 +42,10 @@ def _made(kernel: Kernel, step: Step, spans: list[tuple[int, int]], work: Worksp
         return f"differences between the models are too large for {step.compute}"
     made = 0
     for start, stop in spans:
-        merged = kernel.merge(step, kernel.load(step, start, stop, work))
+        try:
+            merged = kernel.merge(step, kernel.load(step, start, stop, work))
+        except NotFinite:
+            return f"differences between the models are too large for {step.compute}"
         for values, target in zip(merged, step.outputs, strict=True):
             narrow = torch.empty(values.shape, dtype=torch_dtype(target.spec.dtype))
             round_into(values, narrow)

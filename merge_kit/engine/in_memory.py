@@ -243,11 +243,18 @@ def _gather(
 ) -> Gathered:
     try:
         return gather(kernel, step, passes, span, work)
-    except NotFinite:
-        raise not_finite(kernel, step, work) from None
+    except NotFinite as error:
+        raise not_finite(kernel, error.step or step, work) from None
 
 
 def _merged(kernel: Kernel, step: Step, work: Workspace, *, allow_nonfinite: bool) -> Tensor:
+    try:
+        return _merged_whole(kernel, step, work, allow_nonfinite=allow_nonfinite)
+    except NotFinite as error:
+        raise not_finite(kernel, error.step or step, work) from None
+
+
+def _merged_whole(kernel: Kernel, step: Step, work: Workspace, *, allow_nonfinite: bool) -> Tensor:
     (target,) = step.outputs
     with torch.inference_mode(mode=False):  # what is handed out is an ordinary tensor
         out = torch.empty(target.spec.numel, dtype=torch_dtype(target.spec.dtype))
@@ -258,6 +265,6 @@ def _merged(kernel: Kernel, step: Step, work: Workspace, *, allow_nonfinite: boo
     total = float(out.sum())
     infinite = total - total != 0 and nonfinite(out)  # perhaps only the sum is not finite
     if infinite and not allow_nonfinite:
-        raise not_finite(kernel, step, work)
+        raise NotFinite
     with torch.inference_mode(mode=False):
         return out.view(target.spec.shape)

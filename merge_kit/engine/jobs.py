@@ -75,8 +75,8 @@ class Job(ABC):
         with self.run.heavy.take(self.step.peak_bytes) if whole else nullcontext():
             try:
                 part(index, span, work)
-            except NotFinite:
-                raise not_finite(self.kernel, self.step, work) from None
+            except NotFinite as error:
+                raise not_finite(self.kernel, error.step or self.step, work) from None
             finally:
                 if whole:
                     work.release()

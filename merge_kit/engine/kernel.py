@@ -23,7 +23,15 @@ NO_SCANS: Scans = MappingProxyType({})
 
 
 class NotFinite(Exception):  # noqa: N818  (becomes a NonFiniteError once it is located)
-    """Operands or a merged slab hold NaN or infinity."""
+    """Operands or a merged slab hold NaN or infinity.
+
+    Attributes:
+        step: The step that reads them; None for the one that is merged.
+    """
+
+    def __init__(self, step: Step | None = None) -> None:
+        super().__init__()
+        self.step = step
 
 
 class Kernel:
@@ -85,7 +93,7 @@ class Kernel:
             self.operands.read(source, low, high, aux[name], work)
         return aux
 
-    def check_finite(self, slab: Slab) -> None:
+    def check_finite(self, step: Step, slab: Slab) -> None:
         """Check operands before a statistic counts them: NaN would take a place among the largest.
 
         Raises:
@@ -96,11 +104,13 @@ class Kernel:
         for row in (*slab.tensors, *(() if slab.base is None else (slab.base,))):
             total = float(row.sum())
             if total - total != 0 and nonfinite(row):  # perhaps only the sum is not finite
-                raise NotFinite
+                raise NotFinite(step)
 
     def merge(self, step: Step, slab: Slab) -> Sequence[Tensor]:
         """Return the merged slab, flat, one tensor an output of the step."""
         assert step.method is not None
+        if step.method.checks_inputs or step.method.residency() == "tensor":
+            self.check_finite(step, slab)
         merged = step.method.merge(slab, self.scans.get(id(step), NO_SCANS))
         parts = [merged] if isinstance(merged, Tensor) else list(merged)
         return [part.reshape(-1) for part in parts]

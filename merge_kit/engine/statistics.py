@@ -133,7 +133,7 @@ def gather(
         if not wanting:
             continue
         slab = kernel.load(step, start, stop, work)
-        kernel.check_finite(slab)
+        kernel.check_finite(step, slab)
         for scan in due:
             view = views[scan.name]
             values = slab.tensors if view is None else view(slab, passes.results)

@@ -118,6 +118,8 @@ class MergeMethod:
             and `aux` in turn: "elements", a number an element; "inputs", a matrix (inputs,
             inputs) for weights, and none for other tensors; "" if there is no such parameter.
         laws: Claims and their relative tolerance, 0.0 for bit equality.
+        checks_inputs: Whether NaN and infinity can vanish in the arithmetic, and so are looked for
+            before it; in whole tensors they always are.
         error_factor: Factor on the measure 2^-22 * sum |w_i x_i| of rounding.
     """
 
@@ -130,6 +132,7 @@ class MergeMethod:
     outputs: ClassVar[int] = 1
     statistics_of: ClassVar[Literal["", "elements", "inputs"]] = ""
     laws: ClassVar[Mapping[Law, float]] = {}
+    checks_inputs: ClassVar[bool] = False
     error_factor: ClassVar[float] = 1.0
     method_name: ClassVar[str] = ""
 

@@ -86,7 +86,7 @@ class Crumbs:
         cuts = iter(scans.get(CUTS, ()))
         for row, (density, gamma) in zip(rows, self._pairs, strict=True):
             if density == 0:
-                row.zero_()
+                row.mul_(0.0)  # what is not finite shows
             elif density < 1 and self._by_row:
                 _prune_rows(row, density, gamma, slab)
             elif density < 1:
@@ -103,10 +103,9 @@ def _prune_rows(row: Tensor, density: float, gamma: float, slab: Slab) -> None:
     rows = row.view(-1, slab.columns)
     removed = int(slab.columns * gamma)
     kept = min(int(slab.columns * density), slab.columns - removed)
-    order_ = ascending(rows)
-    last = slab.columns - removed
-    rows.scatter_(1, order_[:, last:], 0.0)
-    rows.scatter_(1, order_[:, : last - kept], 0.0)
+    largest = ascending(rows.flip(1)).neg_().add_(slab.columns - 1).flip(1)  # the first of equals
+    rows.scatter_(1, largest[:, :removed], 0.0)
+    rows.scatter_(1, largest[:, removed + kept :], 0.0)
 
 
 def scratch_bytes(models: int, elements: int) -> int:

@@ -27,9 +27,9 @@ class IsoCTS(MergeMethod):
     (1 - U_c U_c^T) w_i d_i = U_i S_i V_i^T, of each the first t directions,
     out = base + lambda * mean(S_c, S_1 ... S_n) P([U_c U_1 ... U_n]) P([V_c V_1 ... V_n])^T
 
-    t is (1 - common) min(rows, columns) / models, rounded, and c what is left. P is the nearest
-    matrix with orthonormal columns, without directions that the vectors do not span. Singular
-    values that are only the rounding of float32 have no vectors; in the mean they count as 0.
+    t is (k - int(common k)) / models, rounded, with k = min(rows, columns), and c what is left of
+    k. P is the nearest matrix with orthonormal columns, without directions that the vectors do not
+    span. Singular values that are only the rounding of float32 have no vectors; in the mean they count as 0.
     Matrices are as in tsv. What is no matrix is base + other_weight * sum(w_i d_i).
 
     Scope: each matrix. Vote: none. Normalisation: none.

@@ -39,6 +39,7 @@ class NearSwap(MergeMethod):
     takes_base: ClassVar[bool] = True
     operates_on: ClassVar = "deltas"
     max_inputs: ClassVar[int | None] = 1
+    checks_inputs: ClassVar[bool] = True  # an infinite difference is cut to t
     error_factor: ClassVar[float] = 2.0  # the subtraction rounds too
     laws: ClassVar[Mapping[Law, float]] = {
         "copies": 0.0,

@@ -85,6 +85,14 @@ class RegMean(MergeMethod):
             if not 0 <= value <= 1:
                 raise ParameterError(name, f"is {value:g}, expected a number in [0, 1]")
 
+    def flops(self, name: str, shape: tuple[int, ...], models: int) -> float:
+        """Return the operations of the products and of one factorisation."""
+        del name
+        if len(shape) != 2:
+            return 0.0
+        outputs, inputs = shape
+        return 2.0 * outputs * inputs**2 * (models + 1) + inputs**3 / 3
+
     def scratch_bytes(self, models: int, elements: int) -> int:
         """Return the bytes of float64 copies: weight, mean and sums, S and its factor."""
         del models

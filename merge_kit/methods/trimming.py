@@ -44,7 +44,7 @@ def trim(
     cuts = iter(scans.get(CUTS, ()))
     for row, density in zip(rows, densities, strict=True):
         if density == 0:
-            row.zero_()
+            row.mul_(0.0)  # what is not finite shows
         elif density < 1:
             order.keep_largest(row, next(cuts), tensor, offset)
 

@@ -33,8 +33,9 @@ class TSV(MergeMethod):
     Scope: each matrix. Vote: none. Normalisation: none.
 
     Differences: mergekit has no such method. The authors' code makes up arbitrary directions where
-    vectors are dependent, so that noise of 1e-13 can change the result by all its length. It takes
-    the mean of what is no matrix, as the default does here.
+    vectors are dependent, so that noise of 1e-13 can change the result by all its length. It
+    keeps nothing of a matrix with fewer rows or columns than models. It takes the mean of what is
+    no matrix, as the default does here.
 
     Attributes:
         weight: Weight of each task vector, any finite number; 0 leaves it out.

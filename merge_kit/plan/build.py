@@ -163,7 +163,7 @@ def _finish(
         layers=stack.count if stack is not None else None,
         parameters=sum(t.spec.numel for s in sized for t in s.outputs),
         dtypes=_dtypes(sized),
-        bill=cost.bill(sized, workers, peak, more),
+        bill=cost.bill(sized, workers, peak, more, len(rows) + len(steps)),
         notes=findings.notes,
         identity=_identity(recipe, (*values, *statistics), sized),
         seed=recipe.seed,

@@ -224,23 +224,35 @@ def scratch_bytes(step: Step) -> int:
     return sum(nbytes(m.dtype, elements(m)) for m in spills)
 
 
-def bill(steps: Sequence[Step], workers: int, peak: int, scanned: Sequence[Step] = ()) -> Bill:
+def bill(
+    steps: Sequence[Step],
+    workers: int,
+    peak: int,
+    scanned: Sequence[Step] = (),
+    tensors: int = 0,
+) -> Bill:
     """Return what a run takes.
 
     Args:
+        peak: What `fit` returned.
         scanned: Steps that are only scanned, for statistics over a whole model.
+        tensors: As given to `fit`.
     """
     every = (*steps, *scanned)
     most = sorted((scratch_bytes(step) for step in every), reverse=True)
-    sparing = peak < peak_bytes(every, workers, 0)
+    sparing = peak < peak_bytes(every, workers, tensors)
+    heavy = heavy_bytes(every, workers, sparing=sparing)
+    heaviest = max((s.peak_bytes for s in every if is_whole(s)), default=0)
     return Bill(
         read_bytes=sum(read_bytes(step) for step in (*steps, *scanned)),
         written_bytes=sum(t.spec.nbytes for step in steps for t in step.outputs),
         scratch_bytes=sum(most[: workers + 1]),
         peak_bytes=peak,
         workers=workers,
-        heavy_bytes=heavy_bytes(every, workers, sparing=sparing),
+        heavy_bytes=heavy,
         flops=sum(flops(step) for step in steps),
+        solves=sum(flops(step) > 0 for step in steps),
+        solvers=min(workers, heavy // heaviest) if heaviest else workers,
     )
 
 

@@ -115,12 +115,11 @@ def _side_files(files: Sequence[SideFile]) -> list[str]:
 
 def _solves(bill: Bill) -> str:
     """Return how long decompositions and solves take on a usual processor."""
-    seconds = bill.flops / (FLOPS * bill.workers)
+    seconds = bill.flops / (FLOPS * bill.solvers)
     shown = f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
-    threads = plural(bill.workers, "thread")
-    return (
-        f"{bill.flops / 1e12:.3g} TFLOP, about {shown} with {threads} of {FLOPS / 1e9:.0f} GFLOP/s"
-    )
+    at_once = plural(bill.solvers, "thread")
+    rate = f"{bill.flops / 1e12:.3g} TFLOP in {plural(bill.solves, 'tensor')}"
+    return f"{rate}, about {shown} with {at_once} of {FLOPS / 1e9:.0f} GFLOP/s"
 
 
 def _costs(plan: Plan, free_bytes: int | None) -> list[Row]:

@@ -46,7 +46,8 @@ class Evaluator:
                 self._made[key] = kind(**values)
             except ParameterError as error:
                 where = marks.get(error.parameter, item.mark)
-                raise RecipeError(error.problem, where=str(where), hint=error.hint) from error
+                hint = error.hint or f"see `mergekit methods {item.method}`"
+                raise RecipeError(error.problem, where=str(where), hint=hint) from error
         return self._made[key]
 
     def _value(

@@ -147,6 +147,8 @@ class Bill:
         workers: Threads that merge.
         heavy_bytes: Memory that whole tensors which are merged at the same time may take together.
         flops: Operations of solves and decompositions; 0 where reading is what takes time.
+        solves: Tensors that take such operations.
+        solvers: Threads that do them at the same time, at least.
     """
 
     read_bytes: int
@@ -156,6 +158,8 @@ class Bill:
     workers: int
     heavy_bytes: int = 0
     flops: float = 0.0
+    solves: int = 0
+    solvers: int = 1
 
 
 @dataclass(frozen=True, slots=True)
