@@ -110,7 +110,7 @@ class MeanDirection(Reduction):
             return Done(list(self.weights))
         found = Directions.of(gram)
         square, mass = found.square(self.weights), fsum(map(abs, self.weights))
-        if mass > 0 and square < BALANCED * mass**2 and any(found.lengths):
+        if mass > 0 and square < BALANCED * (mass * mass) and any(found.lengths):
             pairs = zip(self.weights, found.lengths, strict=True)
             return Again((found, [w / length if length else 0.0 for w, length in pairs], self))
         return Done(self.factors(found, sqrt(square)))
@@ -132,15 +132,18 @@ class MeanDirection(Reduction):
                 w * _stretch(d) if one else 0.0
                 for w, d, one in zip(self.weights, toward, found.lengths, strict=True)
             ]
-            pulled, back = found.toward(pull), fsum(map(mul, pull, toward))
-            square = fsum(map(mul, pull, pulled)) - back**2
-            step = sqrt(max(0.0, square))  # of the tangent sum(pull_i (u_i - d_i p))
+            back = fsum(map(mul, pull, toward))
+            pairs = zip(found.toward(pull), toward, strict=True)
+            slopes = [pulled - back * d for pulled, d in pairs]
+            # The tangent sum(pull_i (u_i - d_i p)) in factors of the unit vectors: they vanish
+            # with it, where the square of its length as a difference would stop at 1e-8.
+            tangent = [a - back * c for a, c in zip(pull, factors, strict=True)]
+            step = sqrt(max(0.0, fsum(map(mul, tangent, slopes))))
             if step < self.tolerance or step == 0:
                 break
             along, side = cos(step), sin(step) / step
-            along -= side * back
-            factors = [along * c + side * a for c, a in zip(factors, pull, strict=True)]
-            toward = [along * d + side * b for d, b in zip(toward, pulled, strict=True)]
+            factors = [along * c + side * t for c, t in zip(factors, tangent, strict=True)]
+            toward = [along * d + side * s for d, s in zip(toward, slopes, strict=True)]
         return factors
 
 

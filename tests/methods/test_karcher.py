@@ -156,3 +156,14 @@ def test_models_in_another_order_give_the_same(tmp_path):
 def test_parameters_out_of_range(parameters, message):
     with pytest.raises(ParameterError, match=message):
         Karcher(**parameters)
+
+
+def test_small_factors_of_a_mean_that_has_converged_are_exact(tmp_path):
+    """Sparse models hardly overlap: most elements are one model's, times its factor."""
+    models = [exact(x.double()) for x in numbers("sparse", 8, shape=(600,))[1:]]
+    weights = (1.0, 0.05, 0.7, 0.3, 0.06, 0.5, 0.9, 0.1)
+    method = Karcher(weight=PerModel(weights), max_iter=60, tol=0.0)
+    result = merged(method, [torch.from_numpy(x.astype(float)) for x in models], None, tmp_path)
+    wanted = terms(models, weights, max_iter=60, tol=0.0)
+    error = np.abs(exact(result) - sum(wanted))
+    assert np.all(error <= 1e-12 * sum(np.abs(term) for term in wanted))
