@@ -75,7 +75,7 @@ GRID: Mapping[str, Grid] = {
     "tsv": Grid({"lambda_": LAMBDAS}),
     "iso_c": Grid({"lambda_": LAMBDAS}),
     "iso_cts": Grid({"lambda_": LAMBDAS}),
-    "wudi": Grid({"lambda_": LAMBDAS}),
+    "wudi": Grid({"lambda_": (0.5, 0.8, 1.0, 1.2), "ridge": (0.0, 0.1, 1.0, 3.0)}),
     "fisher": Grid({"weight": (1.0,), "statistics": ("fisher",)}, without_base=True),
     "regmean": Grid(
         {"weight": (1.0,), "scale_off_diagonal": (0.9, 1.0), "statistics": ("gram",)},

@@ -28,7 +28,7 @@ OUT_OF_RANGE = {
     "r": ("inf",),
     "alpha": (-1,),
     "floor": (-1,),
-    "ridge": (-1, 2),
+    "ridge": (-1, "inf"),
     "scale_off_diagonal": (-1, 2),
     "common": (-0.1, 1.1),
     "mean_over": ("models",),

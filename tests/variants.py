@@ -117,6 +117,7 @@ def _variants() -> list[Variant]:
         Variant("ties", {**some, "variant": "paper"}, pruned),
         Variant("tsv", {"lambda_": 0.7}, pruned),
         Variant("wudi", {"lambda_": 0.7}, pruned),
+        Variant("wudi", {"ridge": 1.0}, ("single", "copies_of_base", "permute_models")),
     ]
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
+import merge_kit as mk
 from merge_kit.methods.wudi import WUDI
 from tests.methods.spectra import apart, low_rank, normal, task_vector
 
@@ -80,3 +82,28 @@ def test_tiny_and_huge_task_vectors_keep_their_scale():
     for scale in (2.0**-600, 2.0**300):
         scaled = task_vector(WUDI(), [d * scale for d in deltas])
         assert apart(scaled / scale, plain) < 1e-12
+
+
+@pytest.mark.parametrize("ridge", [0.01, 1.0, 30.0])
+@pytest.mark.parametrize("shape", [(30, 12), (12, 30), (16, 16)])
+def test_a_ridge_holds_the_result_to_the_sum(shape, ridge):
+    """Against the normal equations, with the identity in place of what singular vectors span."""
+    generator = torch.Generator().manual_seed(3)
+    base, *models = (
+        torch.randn(*shape, generator=generator, dtype=torch.float64) for _ in range(4)
+    )
+    weights = [1.0, 0.5, -2.0]
+    result = mk.merge_tensors("wudi", models, base=base, weights=weights, ridge=ridge)
+    tasks = [(w * (m - base)).numpy() for w, m in zip(weights, models, strict=True)]
+    grams = [t.T @ t / np.sum(t * t) for t in tasks]
+    total = sum(tasks)
+    pull = sum((t - total) @ g for t, g in zip(tasks, grams, strict=True))
+    held = sum(grams) + ridge * len(tasks) / shape[1] * np.eye(shape[1])
+    wanted = base.numpy() + total + np.linalg.solve(held, pull.T).T
+    np.testing.assert_allclose(result.numpy(), wanted, rtol=1e-9, atol=1e-9)
+
+
+def test_a_strong_ridge_gives_task_arithmetic():
+    base, one, other = torch.zeros(4, 4), torch.eye(4), torch.ones(4, 4)
+    result = mk.merge_tensors("wudi", [one, other], base=base, ridge=1e9)
+    torch.testing.assert_close(result, one + other)
