@@ -44,7 +44,15 @@ def bind(
     if not models:
         hint = f"write {name}([a, b], ...)"
         raise UsageError("found no models, expected at least one", where=name, hint=hint)
-    given = {_known(name, known, key).name: v for key, v in told.items() if v is not None}
+    given: dict[str, Any] = {}
+    for key, value in told.items():
+        parameter = _known(name, known, key)
+        if value is not None and parameter.name in given:
+            hint = f"pass {parameter.field}=... only"
+            problem = f"found {parameter.name} twice, expected it once"
+            raise UsageError(problem, where=name, hint=hint)
+        if value is not None:
+            given[parameter.name] = value
     for parameter in known.values():
         if parameter.name not in given and parameter.required:
             given[parameter.name] = _default(name, parameter)

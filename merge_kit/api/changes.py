@@ -37,6 +37,9 @@ class Prune:
         if not 0 <= self.density <= 1:
             hint = "density is the share that is kept, not a percentage"
             raise UsageError(f"density is {self.density:g}, expected a number in [0, 1]", hint=hint)
+        for name, value in (("seed", self.seed), ("position", self.position)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+                raise UsageError(f"{name} is {value!r}, expected a whole number from 0")
         _one_of("how", self.how, ("magnitude", "random"))
         _one_of("scope", self.scope, ("tensor", "model"))
         if self.how == "random" and self.scope == "model":

@@ -34,7 +34,7 @@ class Measured(ABC):
 
         The models are read once. `print` shows a table by layer.
         """
-        return comparing.compared(self.terms().tasks, other.terms().tasks)
+        return comparing.compared(self.terms().tasks, _terms(other).tasks)
 
     def cosine(self, other: Measured) -> float:
         """Return the cosine of the angle to another task vector, over all tensors.
@@ -54,4 +54,16 @@ class Measured(ABC):
         That is the share of the elements whose signs differ, among those where at least two of
         the task vectors are not zero; 0 if there are none.
         """
-        return comparing.conflict([self.terms().tasks, *(other.terms().tasks for other in others)])
+        return comparing.conflict([self.terms().tasks, *(_terms(other).tasks for other in others)])
+
+
+def _terms(other: object) -> Terms:
+    """Return what a task vector is compared with as a sum.
+
+    Raises:
+        UsageError: If it is no task vector.
+    """
+    if not isinstance(other, Measured):
+        problem = f"found a value of type {type(other).__name__}, expected a task vector"
+        raise UsageError(problem, hint="write mk.TaskVector(model, base)")
+    return other.terms()

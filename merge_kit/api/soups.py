@@ -75,8 +75,13 @@ def greedy_soup(models: Sequence[Operand], score: Score, *, base: Operand | None
             base's.
 
     Raises:
-        UsageError: If there are no models, the base is one of them, or a score is no number.
+        UsageError: If there are no models, the base is one of them, `score` is no function, or a
+            score is no number.
     """
+    taster: Any = score
+    if not callable(taster):
+        problem = f"found a score of type {type(taster).__name__}, expected a function"
+        raise UsageError(problem, where=_NAME, hint=f"write {_NAME}([a, b], score)")
     found = [as_node(model) for model in listed(_NAME, models)]
     start = None if base is None else as_node(base)
     if not found:
@@ -107,7 +112,7 @@ def _scored(score: Score, merge: LazyMerge) -> float:
     found: Any = score(merge)  # a 0-d tensor will do
     try:
         number = float(found)
-    except (TypeError, ValueError) as exc:
+    except (TypeError, ValueError, OverflowError, RuntimeError) as exc:
         problem = f"the score is of type {type(found).__name__}, expected a number"
         raise UsageError(problem, where=_NAME, hint="return a float, higher is better") from exc
     if isnan(number):

@@ -35,10 +35,12 @@ def importance(base: Tensor, model: Tensor, columns: int) -> Tensor:
         ground, *work = _buffers(rows.shape)
         torch.from_numpy(ground).copy_(base[start : start + step].view(-1, columns))
         torch.from_numpy(rows).copy_(model[start : start + step].view(-1, columns))
-        rows -= ground
+        with np.errstate(over="ignore", invalid="ignore"):  # the engine looks at the result
+            rows -= ground
         factors = divergences(ground, rows, work)
         np.abs(rows, out=rows)
-        rows *= factors[:, None]
+        with np.errstate(over="ignore", invalid="ignore"):
+            rows *= factors[:, None]
     return out
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import isfinite
 from typing import TYPE_CHECKING, ClassVar
 
 from merge_kit.errors import ParameterError
@@ -70,6 +71,9 @@ class Karcher(MergeMethod):
         if self.weight and not any(self.weight):
             hint = "give at least one model a weight above 0"
             raise ParameterError("weight", "of every model is 0", hint=hint)
+        if not isfinite(sum(self.weight)):
+            problem = f"of the models sums to {sum(self.weight):g}, expected a finite sum"
+            raise ParameterError("weight", problem, hint="only their ratios count")
         if self.max_iter < 0:
             raise ParameterError("max_iter", f"is {self.max_iter}, expected a number from 0")
         if not self.tol >= 0:

@@ -15,6 +15,8 @@ from merge_kit.methods.registry import register
 if TYPE_CHECKING:
     from torch import Tensor
 
+_LARGEST = 1e100  # squares of weights are summed
+
 
 @register("multislerp")
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +39,7 @@ class MultiSlerp(MergeMethod):
     not much longer than eps count less.
 
     Attributes:
-        weight: Weight of each model, any finite number.
+        weight: Weight of each model, any finite number (within 1e100 if they are not normalised).
         normalize_weights: Whether to divide by the sum of the weights.
         eps: Length of m up to which it has no direction, from 0.
 
@@ -68,6 +70,10 @@ class MultiSlerp(MergeMethod):
 
     def _weights(self) -> tuple[float, ...]:
         if not self.normalize_weights:
+            largest = max(map(abs, self.weight))
+            if largest > _LARGEST:
+                problem = f"is {largest:g} in magnitude, expected at most {_LARGEST:g}"
+                raise ParameterError("weight", problem, hint="set normalize_weights: true")
             return tuple(self.weight)
         return tuple(mixing.shares(self.weight, "normalize_weights"))
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import isfinite
 from typing import TYPE_CHECKING, ClassVar
 
+from merge_kit.errors import ParameterError
 from merge_kit.methods import arcs, mixing
 from merge_kit.methods.base import Grain, Law, MergeMethod, PerModel, Scan, Scans, Slab
 from merge_kit.methods.reductions import Angle
@@ -66,6 +68,11 @@ class NuSlerp(MergeMethod):
     weight: PerModel[float]
     nuslerp_flatten: bool = True
     nuslerp_row_wise: bool = False
+
+    def __post_init__(self) -> None:
+        if not isfinite(sum(self.weight)):
+            problem = f"of the models sums to {sum(self.weight):g}, expected a finite sum"
+            raise ParameterError("weight", problem, hint="only their ratio counts")
 
     def residency(self) -> Grain:
         """Return what holds whole vectors: rows, or the tensor for those along the first axis."""

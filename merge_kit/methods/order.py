@@ -13,7 +13,7 @@ from math import floor, inf, nextafter
 from typing import TYPE_CHECKING, Any, cast
 
 from merge_kit.methods.lazy import np, torch
-from merge_kit.methods.order_states import Gathering, Resolved, Sampling, State
+from merge_kit.methods.order_states import EMPTY, Gathering, Resolved, Sampling, State
 from merge_kit.methods.reductions import Accumulator, Again, Done, Place, Reduction
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ class Cut:
     in the flattened tensor, and over a whole model by tensors in the order of the output.
 
     Attributes:
-        threshold: The k-th largest magnitude; inf for k = 0, 0.0 where everything but zeros is
+        threshold: The k-th largest magnitude; inf also for k = 0, 0.0 where everything but zeros is
             selected.
         tensor: The tensor inside which equal magnitudes are cut; "" if all of them are selected.
         index: In that tensor, those below this index are selected.
@@ -150,7 +150,7 @@ class MagnitudeAt(Reduction):
 
 
 def _cut(found: Resolved, tensors: dict[str, int]) -> Cut:
-    if found.threshold == inf:
+    if found == EMPTY:
         return NOTHING
     if not found.tensor:
         return Cut(found.threshold)

@@ -84,6 +84,10 @@ class Resolved(State):
         return _Nothing(self)
 
 
+EMPTY = Resolved(inf, tensor="\0")
+"""Nothing is selected; a threshold of infinity alone selects what is infinite."""
+
+
 class _Nothing(Gathering):
     def __init__(self, state: State) -> None:
         self.state = state
@@ -130,7 +134,7 @@ class _Sample(Gathering):
         if sum(seen.values()) == elements:
             nonzero = sum(int(np.count_nonzero(run.values)) for run in self._runs)
             k = count(elements, nonzero)
-            return resolve(self._runs, (), k) if k else Resolved(inf)
+            return resolve(self._runs, (), k) if k else EMPTY
         rates = [run.place.elements / seen[run.place.tensor] for run in self._runs]
         return _bracket(self._runs, rates, count, cap, elements)
 
@@ -151,7 +155,7 @@ def _bracket(
     nonzero = round(float(standing[held - 1])) if held else 0
     k = count(elements, min(nonzero, elements))
     if k == 0 and count(elements, elements) == 0:
-        return Resolved(inf)
+        return EMPTY
 
     def at(rank: float) -> float:
         place = int(np.searchsorted(standing, rank))
@@ -250,7 +254,7 @@ class _Inside(Gathering):
         k = count(elements, self._nonzero)
         low, high, common = self.state.low, self.state.high, self.state.common
         if k == 0:
-            return Resolved(inf)
+            return EMPTY
         if k <= self._above:
             return Bins(high, inf, 0, self._nonzero)
         if self._inside > cap:

@@ -58,6 +58,8 @@ def find(name: str) -> type[MergeMethod]:
         PlanError: If there is none; the hint names the nearest.
     """
     _load_all()
+    if not isinstance(name, str):
+        raise PlanError(f"found a merge method of type {type(name).__name__}, expected its name")
     if name not in _METHODS:
         raise PlanError(f"unknown merge method {name!r}", hint=nearest(name, _METHODS))
     return _METHODS[name]

@@ -146,6 +146,9 @@ def merged(
     for at in range(0, rows.shape[1], size):
         deltas = [row[at : at + size].double().view(shape[1:]).mul(w) for row, w in used]
         base = slab.base[at : at + size]
+        if not all(bool(torch.isfinite(matrix).all()) for matrix in (base, *deltas)):
+            rows[0][at : at + size].fill_(torch.nan)  # no singular vectors: the engine looks for it
+            continue
         floor = rounding_floor(base.view(shape[1:]))
         found = solve(deltas, [floor * abs(w) for _, w in used], slab.name)
         sum_ = found.mul_(lambda_).flatten().add_(base.double())

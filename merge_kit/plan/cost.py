@@ -31,8 +31,9 @@ _TENSOR_BYTES = 4_000  # of the plan and the journal, for each tensor of an inpu
 def worker_count(threads: int | None) -> int:
     """Return how many workers to use: as asked, or one for each processor, at most 8."""
     if threads is not None:
-        if not 1 <= threads <= MOST_WORKERS:
-            raise PlanError(f"threads is {threads}, expected 1 to {MOST_WORKERS}")
+        whole = isinstance(threads, int) and not isinstance(threads, bool)
+        if not whole or not 1 <= threads <= MOST_WORKERS:
+            raise PlanError(f"threads is {threads!r}, expected 1 to {MOST_WORKERS}")
         return threads
     if hasattr(os, "sched_getaffinity"):
         return min(8, len(os.sched_getaffinity(0)))

@@ -160,8 +160,9 @@ def _shard_size(node: Node, findings: Findings) -> int:
 
 
 def _with_arguments(recipe: Recipe, seed: int | None, shard_size: str | int | None) -> Recipe:
-    if seed is not None and not 0 <= seed <= MAX_WHOLE:
-        raise UsageError(f"the seed is {seed}, expected a whole number from 0 to {MAX_WHOLE}")
+    whole = isinstance(seed, int) and not isinstance(seed, bool)
+    if seed is not None and not (whole and 0 <= seed <= MAX_WHOLE):
+        raise UsageError(f"the seed is {seed!r}, expected a whole number from 0 to {MAX_WHOLE}")
     if seed is not None:
         recipe = replace(recipe, seed=seed)
     if shard_size is not None:

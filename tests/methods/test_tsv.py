@@ -140,10 +140,19 @@ def test_a_convolution_is_one_matrix_and_experts_are_one_each(method):
 
 
 @every
-def test_a_decomposition_that_fails_names_the_tensor(method):
-    bad = torch.full((3, 3), float("nan"), dtype=torch.float64)
+def test_a_decomposition_that_fails_names_the_tensor(method, monkeypatch):
+    def fails(matrix):
+        raise torch.linalg.LinAlgError("did not converge")
+
+    monkeypatch.setattr(spectral, "_svd", fails)
     with pytest.raises(SolveError, match=r"layers\.0\.w: no singular values of"):
-        task_vector(method, [bad, bad], name="layers.0.w")
+        task_vector(method, normal(2, 3, 3), name="layers.0.w")
+
+
+@every
+def test_what_is_not_finite_is_not_decomposed(method):
+    bad = torch.full((3, 3), float("nan"), dtype=torch.float64)
+    assert task_vector(method, [bad, bad]).isnan().all()
 
 
 def test_operations_grow_with_the_cube_of_the_smaller_side():
