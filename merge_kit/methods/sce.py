@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import frexp
 from typing import TYPE_CHECKING, ClassVar
 
 from merge_kit.core.tensors import BLOCK
@@ -102,7 +103,8 @@ class SCE(MergeMethod):
         most = max(scans["energies"])
         if most == 0:
             return slab.base.clone()
-        shares = [_share(one, most) for one in scans["energies"]]
+        unit = _unit(most)
+        shares = [_share(one, most) * unit for one in scans["energies"]]
         return _agreeing(slab.deltas, shares).add_(slab.base)
 
     def scratch_bytes(self, models: int, elements: int) -> int:
@@ -118,12 +120,20 @@ def _share(energy: float, most: float) -> float:
     return max(energy / most, _LEAST_WEIGHT) if energy else 0.0
 
 
+def _unit(most: float) -> float:
+    """Return the weight of the largest energy, from 1: products with small deltas stay normal.
+
+    The deltas of that model times it are at most 1; the others' are smaller still.
+    """
+    return 2.0 ** min(60, max(0, -frexp(most)[1] // 2))
+
+
 def _agreeing(rows: Tensor, weights: Sequence[float]) -> Tensor:
     """Return the weighted mean of the rows that have the sign of their sum; overwrites the rows.
 
     Args:
         rows: (models, elements).
-        weights: One a model, 0 only for rows of zeros; the largest is 1.
+        weights: One a model, 0 only for rows of zeros; the largest is 1 or more.
     """
     sign = rows[0].clone()
     for row in rows[1:]:

@@ -93,6 +93,13 @@ def test_what_only_a_light_model_changed_is_taken_whole(tmp_path, small):
     assert result.tolist() == pytest.approx([1.0, small], rel=1e-6)
 
 
+@pytest.mark.parametrize("size", [1e-28, 1e-15, 1e30])
+def test_a_light_model_keeps_its_digits_at_every_scale(tmp_path, size):
+    """Its weight is 1e-10, and 1e-33 times that is no normal float."""
+    result = sce(tmp_path, [0.0, 0.0], [[size, 0.0], [0.0, size * 1e-5]])
+    assert result.tolist() == pytest.approx([size, size * 1e-5], rel=1e-6, abs=0.0)
+
+
 @pytest.mark.parametrize("share", [1.0, 0.5])
 def test_squares_that_overflow_leave_finite_weights(tmp_path, share):
     """All weigh the same; float64 squares of 1e200 are infinite."""
