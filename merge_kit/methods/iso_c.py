@@ -28,7 +28,8 @@ class IsoC(MergeMethod):
     rounding of float32 have no vectors, so that a sum of low rank stays of low rank. The mean is
     over all min(rows, columns) values, zeros included, as the authors take it; mean_over rank takes
     it over those that have vectors, which is the one to use for low ranks (LoRA; named as
-    adapters, as tsv says). Matrices are as in tsv. What is no matrix is base + other_weight * sum(w_i d_i).
+    adapters, as tsv says). Matrices are as in tsv. What is no matrix is base + other_weight *
+    sum(w_i d_i).
 
     Scope: each matrix. Vote: none. Normalisation: none.
 

@@ -29,8 +29,8 @@ class IsoCTS(MergeMethod):
 
     t is (k - int(common k)) / models, rounded, with k = min(rows, columns), and c what is left of
     k. P is the nearest matrix with orthonormal columns, without directions that the vectors do not
-    span. Singular values that are only the rounding of float32 have no vectors; in the mean they count as 0.
-    Matrices are as in tsv. What is no matrix is base + other_weight * sum(w_i d_i).
+    span. Singular values that are only the rounding of float32 have no vectors; in the mean they
+    count as 0. Matrices are as in tsv. What is no matrix is base + other_weight * sum(w_i d_i).
 
     Scope: each matrix. Vote: none. Normalisation: none.
 
@@ -42,7 +42,7 @@ class IsoCTS(MergeMethod):
         common: Share of the directions that come from the sum, in [0, 1].
         lambda_: Factor on the merged task vector.
         other_weight: Factor on the sum of task vectors of what is no matrix; by default lambda
-            divided by the number of models.
+            divided by the number of models whose weight is not 0.
 
     Cost: whole tensors in float64; for each matrix a singular value decomposition a model, and
         three more: minutes per billion parameters, as the plan says.

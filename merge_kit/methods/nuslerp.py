@@ -38,7 +38,7 @@ class NuSlerp(MergeMethod):
     A zero vector (of a length below 1e-150), and parallel or opposite vectors
     (sin(theta) <= 1e-6), interpolate linearly; opposite ones pass through zero at t = 0.5.
     mergekit counts what is shorter than 1e-7 as shorter still, so that the angle is wrong, and
-    takes opposite vectors, whose sine is not quite zero in float32, along an arc in a direction
+    takes opposite vectors, if rounding leaves them a sine in float32, along an arc in a direction
     that is left to rounding.
 
     Attributes:

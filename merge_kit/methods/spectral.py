@@ -29,12 +29,14 @@ TALL = 4
 def matrices(name: str, shape: tuple[int, ...]) -> tuple[int, int, int] | None:
     """Return a tensor as (matrices, rows, columns); None if it is none.
 
-    Three axes of a tensor of experts are a matrix for each expert. Otherwise what has more than two
-    axes (a convolution) is one matrix of (first axis, all others).
+    Three axes of a tensor of experts are a matrix for each expert, two axes of their biases are
+    none. Otherwise what has more than two axes (a convolution) is one matrix of (first axis, all
+    others).
     """
-    if len(shape) < 2:
+    experts = "expert" in name or "moe" in name
+    if len(shape) < 2 or (experts and len(shape) == 2 and name.endswith("bias")):
         return None
-    if len(shape) == 3 and "expert" in name:
+    if len(shape) == 3 and experts:
         return shape
     return 1, shape[0], prod(shape[1:])
 
@@ -132,7 +134,7 @@ def merged(
     What is no matrix is base + other * the sum of weighted task vectors.
 
     Args:
-        other: None for lambda divided by the number of models.
+        other: None for lambda divided by the number of models whose weight is not 0.
     """
     assert slab.base is not None  # needs_base
     rows, shape = slab.deltas, matrices(slab.name, slab.shape)
@@ -140,7 +142,7 @@ def merged(
     if not used or not slab.base.numel():
         return slab.base.clone()
     if shape is None:
-        factor = lambda_ / len(rows) if other is None else other
+        factor = lambda_ / len(used) if other is None else other
         return ops.weighted_sum(rows, [w * factor for w in weights], slab.base)
     size = shape[1] * shape[2]
     for at in range(0, rows.shape[1], size):

@@ -30,6 +30,11 @@ class TSV(MergeMethod):
     matrix; convolutions are matrices of (first axis, all others), and a tensor of experts is one
     matrix each. What is no matrix (norms, biases) is base + other_weight * sum(w_i d_i).
 
+    Vectors count as dependent within 1e-5: task vectors that differ by less are one, and those that
+    differ by a little more are set apart, however little that is. The rounding of models stored in
+    16 bits is part of their task vectors, which have full rank by it: name low-rank changes (LoRA)
+    as adapters, model+adapter, instead of models that they were merged into.
+
     Scope: each matrix. Vote: none. Normalisation: none.
 
     Differences: mergekit has no such method. The authors' code makes up arbitrary directions where
@@ -41,7 +46,7 @@ class TSV(MergeMethod):
         weight: Weight of each task vector, any finite number; 0 leaves it out.
         lambda_: Factor on the merged task vector.
         other_weight: Factor on the sum of task vectors of what is no matrix; by default lambda
-            divided by the number of models.
+            divided by the number of models whose weight is not 0.
 
     Cost: whole tensors in float64; for each matrix a singular value decomposition a model, and two
         more: minutes per billion parameters, as the plan says.

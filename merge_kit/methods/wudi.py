@@ -49,7 +49,7 @@ class WUDI(MergeMethod):
         lambda_: Factor on the merged task vector.
         ridge: How strongly M is held to the sum of the task vectors, from 0.
         other_weight: Factor on the sum of task vectors of what is no matrix; by default lambda
-            divided by the number of models.
+            divided by the number of models whose weight is not 0.
 
     Cost: whole tensors in float64; for each matrix one singular value decomposition of all task
         vectors together: minutes per billion parameters, as the plan says.
