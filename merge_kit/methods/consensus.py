@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
@@ -18,6 +19,8 @@ Merge = Literal["mean", "sum", "max"]
 PIECE = 262_144
 """Elements that are worked on at once: several rows of them stay in the cache."""
 
+_SCRATCH = threading.local()
+
 
 def signs(rows: Rows, weights: Sequence[float], elect: Elect) -> Tensor:
     """Return the elected sign of each element, 1.0 or -1.0: (elements,).
@@ -29,11 +32,37 @@ def signs(rows: Rows, weights: Sequence[float], elect: Elect) -> Tensor:
             whatever their size. Where nobody wins, the sign is 1.
     """
     del weights
-    votes = rows if elect == "mass" else [torch.sign(row) for row in rows]
-    total = votes[0].clone() if len(votes) == 1 else votes[0] + votes[1]
-    for vote in votes[2:]:
-        total.add_(vote)
+    if elect == "count":
+        return _more_votes(rows)
+    total = rows[0].clone() if len(rows) == 1 else rows[0] + rows[1]
+    for row in rows[2:]:
+        total.add_(row)
     return torch.ge(total, 0.0, out=total).mul_(2.0).sub_(1.0)
+
+
+def _more_votes(rows: Rows) -> Tensor:
+    """Return the sign that more rows have; NaN where one is not finite, which shows if outvoted."""
+    total, scratch = torch.sign(rows[0]), _scratch(0, rows[0])
+    for row in rows[1:]:
+        total.add_(torch.sign(row, out=scratch))
+    torch.ge(total, 0.0, out=total).mul_(2.0).sub_(1.0)
+    for row in rows:
+        total.add_(torch.mul(row, 0.0, out=scratch))
+    return total
+
+
+def _scratch(place: int, like: Tensor) -> Tensor:
+    """Return a row of this thread, overwritten by the next that asks for the place; or a new one.
+
+    Three fresh rows at a time are more than glibc keeps at the end of its heap: where nothing lies
+    behind them, their pages would come from the system anew for each piece.
+    """
+    if like.numel() > PIECE:
+        return torch.empty_like(like)
+    if not hasattr(_SCRATCH, "rows"):
+        _SCRATCH.rows = torch.empty(2, PIECE, dtype=torch.float64)
+    row: Tensor = _SCRATCH.rows[place].view(like.dtype)
+    return row[: like.numel()]
 
 
 def disjoint(
@@ -70,20 +99,17 @@ def disjoint(
 
 def _divisor(agreeing: Sequence[Tensor], shares: Sequence[float]) -> Tensor:
     """Return the sum of the shares of what is above zero; where nothing is, a number above zero."""
-    total, mask = torch.zeros(0), None
-    for row, share in zip(agreeing, shares, strict=True):
-        if not share:
-            continue
-        mask = torch.sign(row) if mask is None else torch.sign(row, out=mask)
+    total, mask = _scratch(0, agreeing[0]), _scratch(1, agreeing[0])
+    counted = [(row, share) for row, share in zip(agreeing, shares, strict=True) if share]
+    if not counted:
+        return total.fill_(1.0)
+    for i, (row, share) in enumerate(counted):
+        one = torch.sign(row, out=mask if i else total)
         if share != 1.0:
-            mask.mul_(share)
-        if total.numel():
-            total.add_(mask)
-        else:
-            total, mask = mask, None
-    if not total.numel():
-        return torch.ones_like(agreeing[0])
-    return total.clamp_min_(min(share for share in shares if share))
+            one.mul_(share)
+        if i:
+            total.add_(one)
+    return total.clamp_min_(min(share for _, share in counted))
 
 
 def voted(

@@ -152,6 +152,6 @@ class Ties(MergeMethod):
         return signs.add_(nobody.mul_(majority))
 
     def scratch_bytes(self, models: int, elements: int) -> int:
-        """Return the bytes of trimmed copies, where they are scanned, and of two short rows."""
+        """Return the bytes of trimmed copies, where they are scanned, and of three short rows."""
         scanned = self.rescale or self.variant == "paper"
-        return 16 * consensus.PIECE + (8 * (2 * models + 2) * elements if scanned else 0)
+        return 24 * consensus.PIECE + (8 * (2 * models + 2) * elements if scanned else 0)

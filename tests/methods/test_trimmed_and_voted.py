@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import merge_kit as mk
 from merge_kit.errors import MergeKitError
 from merge_kit.methods import consensus
+from merge_kit.methods.base import PerModel
+from merge_kit.methods.ties import Ties
+from tests.methods.slabs import slab_of
 
 BASE = torch.tensor([10.0, 10.0, 10.0, 10.0])
 A = BASE + torch.tensor([1.0, -4.0, 2.0, 0.0])
@@ -163,6 +169,60 @@ def test_densities_beyond_their_range_are_refused(method, density):
 def test_a_choice_is_one_of_its_texts(parameter):
     with pytest.raises(MergeKitError, match=f"{parameter} is 'modle', expected "):
         merged("ties", A, **{parameter: "modle"})
+
+
+@pytest.mark.parametrize("size", [2, 200_000])
+@pytest.mark.parametrize("disjoint", ["mean", "sum", "max"])
+def test_infinity_that_is_outvoted_is_found(size, disjoint):
+    """Two count minus, one plus: without a trim nothing else would look at what lost."""
+    ones = torch.ones(size)
+    bad = ones.clone()
+    bad[1] = float("inf")
+    with pytest.raises(MergeKitError, match="1 in input-1"):
+        merged(
+            "ties", bad, -ones, -ones, base=0 * ones, elect="count", disjoint=disjoint, density=1.0
+        )
+
+
+@pytest.mark.parametrize("elect", ["mass", "count"])
+def test_a_vote_takes_no_more_memory_for_more_models(elect):
+    """What is billed holds float64 (more than 4 models) too."""
+    slab = slab_of(torch.ones(30, 2 * consensus.PIECE, dtype=torch.float64))
+    method = Ties(weight=PerModel([0.5] * 30), elect=elect)
+    with Allocated() as allocated:
+        method.merge(slab, {})
+    assert 0 < allocated.most <= method.scratch_bytes(30, 2 * consensus.PIECE)
+
+
+class Allocated(TorchDispatchMode):
+    """Counts the bytes of tensors that operations make, as long as they live."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.most = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        del types
+        result = func(*args, **(kwargs or {}))
+        if (
+            isinstance(result, torch.Tensor)
+            and not func.is_view
+            and not is_given(result, args, kwargs)
+        ):
+            size = result.untyped_storage().nbytes()
+            self.now += size
+            self.most = max(self.most, self.now)
+            weakref.finalize(result, self._freed, size)
+        return result
+
+    def _freed(self, size):
+        self.now -= size
+
+
+def is_given(result, args, kwargs):
+    """Return whether an operation wrote into what it was given."""
+    given = (*args, *(kwargs or {}).values())
+    return any(isinstance(g, torch.Tensor) and g.data_ptr() == result.data_ptr() for g in given)
 
 
 def test_signs_and_merges_by_themselves():
