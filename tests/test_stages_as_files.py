@@ -12,6 +12,7 @@ import torch
 
 from merge_kit.core.tensors import BLOCK
 from merge_kit.errors import MismatchError
+from merge_kit.plan.steps import seed_of
 from tests.toys import config, merge, plan, write
 
 SHAPES = {
@@ -76,7 +77,8 @@ def equal_to_files(folder, *stages: tuple[str, str], slab_blocks: int | None = 1
     named = [f"name: s{i}\n{document}" for i, document in enumerate(documents[:-1])]
     together = merge("---\n".join([*named, documents[-1]]), folder, slab_blocks=slab_blocks)
     for i, (body, dtype) in enumerate(stages):
-        alone = merge(f"{body}dtype: {dtype or 'float32'}\n", folder)
+        seed = seed_of(f"s{i}" if i < len(stages) - 1 else None, 0)
+        alone = merge(f"seed: {seed}\n{body}dtype: {dtype or 'float32'}\n", folder)
         if i < len(stages) - 1:
             made = folder / f"s{i}"
             for file in made.iterdir() if made.exists() else ():
@@ -211,3 +213,14 @@ def test_integers_that_differ_inside_a_stage_are_an_error(tmp_path):
     stages += "merge_method: slerp\nbase_model: a\nparameters: {t: 0.5}\nmodels: [{model: s}]\n"
     with pytest.raises(MismatchError, match="values differ between input-1:a and input-2:b"):
         merge(stages, tmp_path)
+
+
+def test_stages_draw_masks_of_their_own(tmp_path):
+    """One mask for both would keep what was kept, twice rescaled: a mean of 2."""
+    for name, value in (("base", 0.0), ("a", 1.0)):
+        write(tmp_path / name, {"x": torch.full((40_000,), value)}, None)
+    dare = "merge_method: dare_linear\nbase_model: base\nparameters: {weight: 1, density: 0.5}\n"
+    stages = f"name: s\n{dare}models: [{{model: a}}]\n---\n{dare}models: [{{model: s}}]\n"
+    result = merge(stages, tmp_path)["x"]
+    assert set(result.tolist()) == {0.0, 4.0}
+    assert float(result.mean()) == pytest.approx(1.0, abs=5 * 3**0.5 / 200)  # five sigma

@@ -52,7 +52,7 @@ def bind(
             problem = f"found {parameter.name} twice, expected it once"
             raise UsageError(problem, where=name, hint=hint)
         if value is not None:
-            given[parameter.name] = value
+            given[parameter.name] = value if parameter.name == "statistics" else plain(value)
     for parameter in known.values():
         if parameter.name not in given and parameter.required:
             given[parameter.name] = _default(name, parameter)
@@ -145,3 +145,12 @@ def _one_a_model(method: str, key: str, values: Sequence[Any], count: int) -> Se
 
 def _row(lists: Mapping[str, Sequence[Any]], index: int) -> dict[str, Any]:
     return {key: values[index] for key, values in lists.items() if values[index] is not None}
+
+
+def plain(value: Any) -> Any:
+    """Return numbers of numpy and torch, alone or in lists, as those of Python."""
+    if isinstance(value, list | tuple):
+        return [plain(one) for one in value]
+    if hasattr(value, "tolist") and getattr(value, "ndim", 2) <= 1:
+        return value.tolist()
+    return value

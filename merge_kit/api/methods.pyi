@@ -337,5 +337,6 @@ def wudi(
     seed: int | None = None,
     weight: float | Sequence[float] = 1.0,
     lambda_: float | Sequence[float] = 1.0,
+    ridge: float | Sequence[float] = 0.0,
     other_weight: float | Sequence[float | None] | None = None,
 ) -> LazyMerge: ...

@@ -25,8 +25,8 @@ class Breadcrumbs(MergeMethod):
     the int(density_i n) next largest are kept
 
     Where gamma and density make more than 1, fewer of the largest are removed. At density 1 the
-    task vector is left as it is, whatever gamma. Of equal magnitudes the first elements count as
-    the larger ones.
+    task vector is left as it is, whatever gamma (not in variant paper). Of equal magnitudes the
+    first elements count as the larger ones.
 
     Scope: each tensor by itself (variant paper: each row). Vote: none. Normalisation: the sum of
     the weights, off; weights that cancel cannot be normalised and are an error.

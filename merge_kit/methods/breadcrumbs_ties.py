@@ -26,8 +26,8 @@ class BreadcrumbsTies(MergeMethod):
     normalize is true
 
     It is breadcrumbs with the vote of ties. Where gamma and density make more than 1, fewer of the
-    largest are removed. At density 1 the task vector is left as it is, whatever gamma. Of equal
-    magnitudes the first elements count as the larger ones.
+    largest are removed. At density 1 the task vector is left as it is, whatever gamma (not in
+    variant paper). Of equal magnitudes the first elements count as the larger ones.
 
     Scope: each tensor by itself (variant paper: each row). Vote: by the weighted sum, 0 counts
     as plus; a negative weight turns its task vector around. Normalisation: by the weights of those

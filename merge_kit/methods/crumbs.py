@@ -41,7 +41,8 @@ class Crumbs:
     """How the task vectors of a method are pruned.
 
     Args:
-        densities: Share of each task vector that is kept; at 1 it is left as it is.
+        densities: Share of each task vector that is kept; at 1 tensors are left as they are, and
+            rows lose their largest elements only.
         gammas: Share of its largest elements that is removed.
         variant: "mergekit" ranks tensors, "paper" their rows.
         rescale: Whether each pruned task vector gets its L1 norm back.
@@ -87,7 +88,7 @@ class Crumbs:
         for row, (density, gamma) in zip(rows, self._pairs, strict=True):
             if density == 0:
                 row.mul_(0.0)  # what is not finite shows
-            elif density < 1 and self._by_row:
+            elif self._by_row:
                 _prune_rows(row, density, gamma, slab)
             elif density < 1:
                 order.keep_top(row, next(cuts), slab)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from hashlib import blake2b
 from typing import Literal
 
 from merge_kit.core.dtypes import DTYPES, is_float, promoted
@@ -41,10 +42,18 @@ class Made:
     takes: tuple[Part, ...]
 
 
+def seed_of(name: str | None, seed: int) -> int:
+    """Return the seed of a stage: a name makes its masks independent of those of other stages."""
+    if name is None:
+        return seed
+    return int.from_bytes(blake2b(f"{seed} {name}".encode(), digest_size=6).digest(), "big")
+
+
 class StepMaker:
     """Turns the items of one stage into steps.
 
     Args:
+        seed: Of the run.
         group: Number of the stage, for statistics over the whole model.
         evidence: Statistics that models are weighed by; default: by paths in the working directory.
     """
@@ -52,7 +61,7 @@ class StepMaker:
     def __init__(
         self, stage: Stage, seed: int, group: int, evidence: Evidence | None = None
     ) -> None:
-        self.stage, self.seed, self.group = stage, seed, group
+        self.stage, self.seed, self.group = stage, seed_of(stage.name, seed), group
         self._evidence = evidence or Evidence(None)
         self._evaluator = Evaluator()
 
@@ -134,7 +143,7 @@ class StepMaker:
         if named is None or as_it_is or not is_float(held.spec.dtype):
             return self._copy(item, part, ())
         spec = replace(held.spec, name=_file_name(item), dtype=named)
-        step = _through(self._copy_step(item, part, spec), source, self.seed)
+        step = _through(self._copy_step(item, part, spec), source)
         merged = Merged(step, named, spec.shape)
         return Made(item, Held(item.component, spec, merged), step, "merged", (part,))
 
@@ -158,7 +167,7 @@ class StepMaker:
             agree_models=tuple(other.model.label for other in others),
         )
         if not isinstance(source, Stored):
-            step = _through(step, source, self.seed)
+            step = _through(step, source)
         return Made(item, Held(item.component, spec, source), step, "copied", (part, *others))
 
     def _copy_step(self, item: Item, part: Part, spec: TensorSpec) -> Step:
@@ -182,14 +191,14 @@ def _is_extreme(method: MergeMethod) -> bool:
     return False
 
 
-def _through(step: Step, source: Source, seed: int) -> Step:
+def _through(step: Step, source: Source) -> Step:
     """Return a copy of what another stage computes: its own step where that is possible."""
     if isinstance(source, Merged) and not source_parts(source):
         inner = source.step
         same_name = inner.outputs[0].key == step.outputs[0].key  # noise and statistics go by it
         exact = source.dtype in (step.outputs[0].spec.dtype, inner.compute)  # no rounding between
         if same_name and exact:
-            return replace(inner, outputs=step.outputs, note=step.note or inner.note, seed=seed)
+            return replace(inner, outputs=step.outputs, note=step.note or inner.note)
     wide: Literal["F32", "F64"] = "F64" if source.dtype == "F64" else "F32"
     return replace(step, action="merge", method=Passthrough(), compute=wide, weights=(1.0,))
 

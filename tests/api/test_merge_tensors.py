@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -186,3 +187,10 @@ def test_gradients_and_other_layouts_do_not_matter():
 def test_mistakes_are_told(name, tensors, more, kind, problem):
     with pytest.raises(kind, match=problem):
         mk.merge_tensors(name, tensors, **more)
+
+
+def test_parameters_may_be_numbers_of_numpy_and_torch():
+    one, two = torch.zeros(3), torch.ones(3)
+    for weights in (np.array([1.0, 3.0]), torch.tensor([1.0, 3.0]), [np.float64(1), np.float32(3)]):
+        assert mk.merge_tensors("linear", [one, two], weights=weights).tolist() == [0.75] * 3
+    assert mk.merge_tensors("slerp", [one, two], t=np.float64(0.5)).tolist() == [0.5] * 3

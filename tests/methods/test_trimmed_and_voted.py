@@ -141,6 +141,8 @@ def test_breadcrumbs_of_the_paper_rank_rows():
     model = torch.tensor([[1.0, -2, 3, -4, 5], [50.0, 40, -30, 20, 10]])
     found = merged("breadcrumbs", model, base=base, density=0.4, gamma=0.2, variant="paper")
     assert found.tolist() == [[0, 0, 3, -4, 0], [0, 40, -30, 0, 0]]
+    whole = merged("breadcrumbs", model, base=base, density=1.0, gamma=0.2, variant="paper")
+    assert whole.tolist() == [[1, -2, 3, -4, 0], [0, 40, -30, 20, 10]]  # only the largest go
     number = merged(
         "breadcrumbs", torch.tensor(3.0), base=torch.tensor(1.0), density=0.5, variant="paper"
     )
