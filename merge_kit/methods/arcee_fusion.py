@@ -25,7 +25,7 @@ class ArceeFusion(MergeMethod):
     """Take over from a fine-tune only its outstanding changes.
 
     out = x where s >= median(s) + 1.5 (Q3(s) - Q1(s)) over the tensor, else base, with the
-    importance s = |x - base| * KL(softmax(x) || softmax(base)), the divergence of the element's
+    importance s = |x - base| KL(softmax(x) || softmax(base)), the divergence of the element's
     row (the last axis), 1e-8 added to each probability
 
     Q1, median and Q3 are the elements at index floor(q (n - 1)) of the n importances in ascending

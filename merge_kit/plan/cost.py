@@ -258,9 +258,12 @@ def bill(
 
 
 def flops(step: Step) -> float:
-    """Return the operations of a step's solves and decompositions."""
+    """Return the operations of solves and decompositions of a step and of those that feed it."""
+    return _own_flops(step) + sum(_own_flops(source.step) for source in merged_sources(step))
+
+
+def _own_flops(step: Step) -> float:
     if step.method is None or step.action == "copy":
         return 0.0
     spec = step.outputs[0].spec
-    own = step.method.flops(step.outputs[0].key, spec.shape, len(step.inputs))
-    return own + sum(flops(source.step) for source in merged_sources(step))
+    return step.method.flops(step.outputs[0].key, spec.shape, len(step.inputs))

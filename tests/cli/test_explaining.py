@@ -40,6 +40,7 @@ def test_json_holds_the_same_for_one_and_for_all(capsys):
     assert one["parameters"][0] == {
         "name": "t",
         "type": "float",
+        "choices": [],
         "per_model": False,
         "required": True,
         "default": None,
