@@ -42,7 +42,7 @@ class ArceeFusion(MergeMethod):
 
     Cost: two passes, each with three exponentials or logarithms an element in float64.
     Source: arcee-ai, mergekit, Arcee Fusion,
-        https://github.com/arcee-ai/mergekit/blob/main/docs/merge_methods.md
+        https://github.com/arcee-ai/mergekit
     """
 
     needs_base: ClassVar[bool] = True
