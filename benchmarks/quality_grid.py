@@ -28,6 +28,9 @@ class Grid:
 LAMBDAS = (0.3, 0.5, 0.7, 0.9, 1.0, 1.2, 1.5)
 DENSITIES = (0.1, 0.2, 0.5, 0.8)
 RANDOM = (0.5, 0.8)
+FLAT = (0.7, 1.0, 1.5, 2.0, 3.0, 4.0)
+"""A flat spectrum makes task vectors shorter: they take larger factors."""
+
 SHARES = (0.3, 0.5, 0.7)
 
 GRID: Mapping[str, Grid] = {
@@ -44,7 +47,7 @@ GRID: Mapping[str, Grid] = {
         {
             "weight": (1.0,),
             "density": (*DENSITIES, 1.0),
-            "lambda_": LAMBDAS,
+            "lambda_": (*LAMBDAS, 1.8, 2.2),
             "variant": ("mergekit", "paper"),
         }
     ),
@@ -72,9 +75,9 @@ GRID: Mapping[str, Grid] = {
     "ramplus_tl": Grid({"alpha": (0.2, 0.5)}),
     "arcee_fusion": Grid({}, only_two=True, one_on_another=True),
     "nearswap": Grid({"t": (0.001, 0.01, 0.1)}, only_two=True, one_on_another=True),
-    "tsv": Grid({"lambda_": LAMBDAS}),
-    "iso_c": Grid({"lambda_": LAMBDAS}),
-    "iso_cts": Grid({"lambda_": LAMBDAS}),
+    "tsv": Grid({"lambda_": (*LAMBDAS, 1.8, 2.2)}),
+    "iso_c": Grid({"lambda_": FLAT}),
+    "iso_cts": Grid({"lambda_": FLAT}),
     "wudi": Grid({"lambda_": (0.5, 0.8, 1.0, 1.2), "ridge": (0.0, 0.1, 1.0, 3.0)}),
     "fisher": Grid({"weight": (1.0,), "statistics": ("fisher",)}, without_base=True),
     "regmean": Grid(
