@@ -101,7 +101,11 @@ class Kernel:
         """
         if self.allow_nonfinite:
             return
-        for row in (*slab.tensors, *(() if slab.base is None else (slab.base,))):
+        assert step.method is not None
+        rows = list(slab.tensors)
+        if slab.base is not None and (step.method.operates_on == "tensors" or not rows):
+            rows.append(slab.base)  # else it shows in the deltas
+        for row in rows:
             total = float(row.sum())
             if total - total != 0 and nonfinite(row):  # perhaps only the sum is not finite
                 raise NotFinite(step)
