@@ -7,6 +7,7 @@ from math import atan2, sin, sqrt
 from typing import TYPE_CHECKING
 
 from merge_kit.core.tensors import BLOCK
+from merge_kit.methods import ops
 from merge_kit.methods.lazy import torch
 from merge_kit.methods.reductions import TINY_SQUARE
 
@@ -66,8 +67,8 @@ def angles(left: Tensor, right: Tensor) -> list[float | None]:
     apart = together = torch.zeros(len(left), dtype=torch.float64)
     for u, v in zip(pieces(left), pieces(right), strict=True):
         one, other = (x / length.unsqueeze(1) for x, length in zip((u, v), lengths, strict=True))
-        apart = apart + folded((one - other).square_())
-        together = together + folded(one.add_(other).square_())
+        apart = apart + ops.folded((one - other).square_())
+        together = together + ops.folded(one.add_(other).square_())
     found = zip(apart.tolist(), together.tolist(), *(x.tolist() for x in lengths), strict=True)
     return [
         2 * atan2(sqrt(between), sqrt(beside)) if max(one, other) < float("inf") else None
@@ -79,7 +80,7 @@ def _lengths(vectors: Tensor) -> Tensor:
     """Return the length of each vector, infinity where it is too small to have a direction."""
     squares = torch.zeros(len(vectors), dtype=torch.float64)
     for piece in pieces(vectors):
-        squares = squares + folded(piece * piece)
+        squares = squares + ops.folded(piece * piece)
     return torch.where(squares < TINY_SQUARE, torch.inf, squares.sqrt())
 
 
@@ -87,17 +88,3 @@ def pieces(vectors: Tensor) -> Iterator[Tensor]:
     """Yield copies of pieces of all vectors in float64, (vectors, at most PIECE)."""
     for at in range(0, vectors.shape[1], PIECE):
         yield vectors[:, at : at + PIECE].to(torch.float64, copy=True)
-
-
-def folded(products: Tensor) -> Tensor:
-    """Return the sum of each row of (rows, elements), at least one element; overwrites them.
-
-    Rows are folded in halves: sums of libraries go another way for one row than for several, and
-    at another address.
-    """
-    width = products.shape[1]
-    while width > 1:
-        half = width // 2
-        products[:, :half].add_(products[:, width - half : width])
-        width -= half
-    return products[:, 0]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from math import frexp, ldexp
 from typing import TYPE_CHECKING
 
-from merge_kit.errors import ParameterError
+from merge_kit.methods import ops
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -51,11 +51,5 @@ def shares(weights: Sequence[float], switch: str) -> list[float]:
     Raises:
         ParameterError: If they cancel: |sum| <= 1e-6 * sum of |w|.
     """
-    total, mass = sum(weights), sum(abs(w) for w in weights)
-    if abs(total) <= 1e-6 * mass or mass == 0:
-        raise ParameterError(
-            "weight",
-            f"of the models sums to {total:g}, and normalising would divide by it",
-            hint=f"set {switch}: false, or weights that do not cancel",
-        )
+    total = ops.total_weight(weights, switch)
     return [w / total for w in weights]

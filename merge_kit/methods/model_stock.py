@@ -8,7 +8,7 @@ from itertools import combinations
 from typing import TYPE_CHECKING, ClassVar
 
 from merge_kit.core.tensors import BLOCK
-from merge_kit.methods import arcs
+from merge_kit.methods import arcs, ops
 from merge_kit.methods.base import Grain, Law, MergeMethod, Scan, Scans, Slab
 from merge_kit.methods.lazy import torch
 from merge_kit.methods.reductions import TINY_SQUARE, Gram
@@ -107,7 +107,7 @@ def _row_grams(rows: Sequence[Tensor]) -> Tensor:
     for pieces in zip(*(arcs.pieces(row) for row in rows), strict=True):
         for i, one in enumerate(pieces):
             for j in range(i, models):
-                grams[i, j] += arcs.folded(one * pieces[j])
+                grams[i, j] += ops.folded(one * pieces[j])
     return grams
 
 

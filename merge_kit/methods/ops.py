@@ -63,18 +63,23 @@ def _length(square: float) -> float:
 
 
 def _row_dots(left: Tensor, right: Tensor) -> list[float]:
-    """Return the dot product of each row, by folding the rows in halves.
+    """Return the dot product of each row, by folding the rows in halves."""
+    found: list[float] = folded(left * right).tolist()
+    return found
 
-    Sums of libraries go another way for one row than for several, and at another address.
+
+def folded(products: Tensor) -> Tensor:
+    """Return the sum of each row of (rows, elements), at least one element; overwrites them.
+
+    Rows are folded in halves: sums of libraries go another way for one row than for several, and
+    at another address.
     """
-    products = left * right
     width = products.shape[1]
     while width > 1:
         half = width // 2
         products[:, :half].add_(products[:, width - half : width])
         width -= half
-    found: list[float] = products[:, 0].tolist()
-    return found
+    return products[:, 0]
 
 
 def scale_rows(rows: Tensor, factors: Sequence[float]) -> Tensor:
@@ -82,8 +87,12 @@ def scale_rows(rows: Tensor, factors: Sequence[float]) -> Tensor:
     return rows.mul_(torch.tensor(factors, dtype=rows.dtype).unsqueeze(1))
 
 
-def total_weight(weights: Sequence[float]) -> float:
+def total_weight(weights: Sequence[float], switch: str = "normalize") -> float:
     """Return the sum of weights that normalising divides by.
+
+    Args:
+        weights: One a model.
+        switch: The parameter that turns normalising off, for the message.
 
     Raises:
         ParameterError: If they cancel: |sum| <= 1e-6 * sum of |w|.
@@ -93,6 +102,6 @@ def total_weight(weights: Sequence[float]) -> float:
         raise ParameterError(
             "weight",
             f"of the models sums to {total:g}, and normalising would divide by it",
-            hint="set normalize: false, or weights that do not cancel",
+            hint=f"set {switch}: false, or weights that do not cancel",
         )
     return total

@@ -13,7 +13,8 @@ from math import floor, inf, nextafter
 from typing import TYPE_CHECKING, Any, cast
 
 from merge_kit.methods.lazy import np, torch
-from merge_kit.methods.order_states import EMPTY, Gathering, Resolved, Sampling, State
+from merge_kit.methods.order_samples import Sampling
+from merge_kit.methods.order_states import EMPTY, Gathering, Resolved, State
 from merge_kit.methods.reductions import Accumulator, Again, Done, Place, Reduction
 
 if TYPE_CHECKING:
