@@ -15,7 +15,7 @@ from merge_kit.engine.rounding import nonfinite, round_into
 from merge_kit.engine.workspace import Workspace
 from merge_kit.io.reader import Reader
 from merge_kit.io.torch_dtypes import torch_dtype
-from merge_kit.methods.base import Scans, Slab
+from merge_kit.methods.base import Scans, Slab, Yield
 from merge_kit.plan.sources import Merged, elements
 from merge_kit.plan.values import Step
 
@@ -40,6 +40,7 @@ class Kernel:
     Attributes:
         operands: Where they are read from.
         scans: Results of the scans of each step, by id of the step.
+        facts: What merges found worth knowing, by id of the step.
         allow_nonfinite: Whether NaN and infinity in what is scanned pass.
     """
 
@@ -47,6 +48,7 @@ class Kernel:
         self.operands = Operands(reader, self.compute)
         self.allow_nonfinite = allow_nonfinite
         self.scans: dict[int, Mapping[str, Any]] = {}
+        self.facts: dict[int, Sequence[Mapping[str, float]]] = {}
 
     def load(self, step: Step, start: int, stop: int, work: Workspace) -> Slab:
         """Return elements [start, stop) of every operand as the step's method wants them."""
@@ -60,8 +62,10 @@ class Kernel:
             self.operands.read(step.base, start, stop, rows[0], work)
         for row, source in zip(tensors, step.inputs, strict=True):
             self.operands.read(source, start, stop, row, work)
-            if step.method.operates_on == "deltas" and base is not None:
-                row.sub_(base)
+        if step.method.operates_on == "deltas" and base is not None:
+            for i, row in enumerate(tensors):
+                if not (step.deltas and step.deltas[i]):
+                    row.sub_(base)
         aux = self._aux(step, start, stop, work)
         spec = step.outputs[0].spec
         return Slab(
@@ -69,11 +73,13 @@ class Kernel:
             base=base,
             weights=step.weights,
             name=step.outputs[0].key,
-            shape=spec.shape if len(step.outputs) == 1 else step.inputs[0].shape,
+            shape=_slab_shape(step),
             models=step.models,
             offset=start,
             seed=step.seed,
             aux=aux,
+            ranks=tuple(t.spec.shape[0] for t in step.outputs[::2]) if step.shape else (),
+            stored_dtype=spec.dtype,
         )
 
     def _aux(self, step: Step, start: int, stop: int, work: Workspace) -> dict[str, Tensor]:
@@ -116,6 +122,9 @@ class Kernel:
         if step.method.checks_inputs or step.method.residency() == "tensor":
             self.check_finite(step, slab)
         merged = step.method.merge(slab, self.scans.get(id(step), NO_SCANS))
+        if isinstance(merged, Yield):
+            self.facts[id(step)] = merged.facts
+            merged = merged.tensors
         parts = [merged] if isinstance(merged, Tensor) else list(merged)
         return [part.reshape(-1) for part in parts]
 
@@ -130,3 +139,10 @@ class Kernel:
             narrow = torch.empty(merged.shape, dtype=rounded)
             round_into(merged, narrow)
             out.copy_(narrow)
+
+
+def _slab_shape(step: Step) -> tuple[int, ...]:
+    """Return the shape of what a step merges: of its output, or of the matrix that it factors."""
+    if step.shape is not None:
+        return step.shape
+    return step.outputs[0].spec.shape if len(step.outputs) == 1 else step.inputs[0].shape

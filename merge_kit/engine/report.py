@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,6 +17,8 @@ class Report:
         nonfinite: Tensor key -> NaN and infinities written, only with `allow_nonfinite`.
         saturated: Tensor key -> finite values that became infinite in the output dtype, likewise.
         resumed: Steps that an earlier run had finished.
+        facts: Module of an adapter that was made (key as in `Plan.ranks`) -> numbers by name, see
+            `methods.base.Yield`.
     """
 
     seconds: float
@@ -27,3 +29,4 @@ class Report:
     nonfinite: Mapping[str, int]
     saturated: Mapping[str, int]
     resumed: int
+    facts: Mapping[str, Mapping[str, float]] = field(default_factory=dict)

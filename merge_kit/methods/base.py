@@ -47,6 +47,8 @@ class Slab:
         seed: Seed of the run.
         aux: Further operands by name (importances and the like), (elements,) each; those whose
             shape is not the tensor's are there whole, flat.
+        ranks: Of a step that yields factors, the rank of each adapter that is made, else empty.
+        stored_dtype: Dtype that the result is rounded to, as in a header.
     """
 
     tensors: Tensor
@@ -58,6 +60,8 @@ class Slab:
     offset: int
     seed: int
     aux: Mapping[str, Tensor]
+    ranks: tuple[int, ...] = ()
+    stored_dtype: str = "F32"
 
     @property
     def deltas(self) -> Tensor:
@@ -68,6 +72,21 @@ class Slab:
     def columns(self) -> int:
         """Elements of one row (the last axis); 1 for 0-d tensors, all for 1-d ones."""
         return self.shape[-1] if self.shape else 1
+
+
+@dataclass(frozen=True, slots=True)
+class Yield:
+    """What a step yields, with what is worth knowing about it.
+
+    Attributes:
+        tensors: One an output of the step, in their order, flat or in shape.
+        facts: For each adapter that is made, numbers by name: "norm" is the Frobenius norm of the
+            change that was asked for, "residual" that of what the factors miss of it, as they are
+            rounded to `Slab.stored_dtype`.
+    """
+
+    tensors: Sequence[Tensor]
+    facts: Sequence[Mapping[str, float]] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +139,7 @@ class MergeMethod:
         laws: Claims and their relative tolerance, 0.0 for bit equality.
         checks_inputs: Whether NaN and infinity can vanish in the arithmetic, and so are looked for
             before it; in whole tensors they always are.
+        makes: "model", or "adapter": see `methods.updates`.
         error_factor: Factor on the measure 2^-22 * sum |w_i x_i| of rounding.
     """
 
@@ -133,6 +153,7 @@ class MergeMethod:
     statistics_of: ClassVar[Literal["", "elements", "inputs"]] = ""
     laws: ClassVar[Mapping[Law, float]] = {}
     checks_inputs: ClassVar[bool] = False
+    makes: ClassVar[Literal["model", "adapter"]] = "model"
     error_factor: ClassVar[float] = 1.0
     method_name: ClassVar[str] = ""
 
@@ -169,6 +190,6 @@ class MergeMethod:
         del name, shape, models
         return 0.0
 
-    def merge(self, slab: Slab, scans: Scans) -> Tensor | Sequence[Tensor]:
+    def merge(self, slab: Slab, scans: Scans) -> Tensor | Sequence[Tensor] | Yield:
         """Return the merged slab, (elements,), of the dtype of the slab."""
         raise NotImplementedError

@@ -8,14 +8,18 @@ from pathlib import Path
 from merge_kit.methods.base import MergeMethod, PerModel
 from merge_kit.methods.registry import parameters
 from merge_kit.plan.sources import (
+    Columns,
     Concat,
     LowRank,
     Merged,
+    Normed,
     Permuted,
     Projected,
     Rows,
     Source,
     Stored,
+    Sum,
+    Transposed,
     View,
 )
 from merge_kit.plan.values import LayerOrigin, Plan, Step
@@ -118,9 +122,11 @@ def origin(source: Source, files: Mapping[Path, str]) -> str:
             return files.get(span.path, span.path.name).split("/", 1)[0]
         case LowRank(weight=weight, a=a):
             return origin(a if weight is None else weight, files)
-        case Concat(sources=sources):
+        case Concat(sources=sources) | Columns(sources=sources):
             return origin(sources[0], files)
-        case Rows() | View() | Permuted() | Projected():
+        case Sum(terms=terms):
+            return origin(terms[0][1], files)
+        case Rows() | View() | Permuted() | Projected() | Transposed() | Normed():
             return origin(source.source, files)
         case Merged():
             return "an earlier stage"

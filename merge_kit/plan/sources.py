@@ -136,6 +136,76 @@ class Projected:
 
 
 @dataclass(frozen=True, slots=True)
+class Sum:
+    """The sum of sources of equal shape, each times a factor, added in this order."""
+
+    terms: tuple[tuple[float, Source], ...]
+
+    @property
+    def dtype(self) -> str:
+        dtypes = [source.dtype for _, source in self.terms]
+        return dtypes[0] if len(dtypes) == 1 else promoted([*dtypes, "F32"])
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.terms[0][1].shape
+
+
+@dataclass(frozen=True, slots=True)
+class Columns:
+    """Matrices of equal height, side by side."""
+
+    sources: tuple[Source, ...]
+
+    @property
+    def dtype(self) -> str:
+        return promoted([source.dtype for source in self.sources])
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.sources[0].shape[0], sum(source.shape[1] for source in self.sources))
+
+
+@dataclass(frozen=True, slots=True)
+class Transposed:
+    """A matrix, its rows as columns. It is held whole while it is read: meant for factors."""
+
+    source: Source
+
+    @property
+    def dtype(self) -> str:
+        return self.source.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        rows, columns = self.source.shape
+        return (columns, rows)
+
+
+@dataclass(frozen=True, slots=True)
+class Normed:
+    """magnitude / |v| * v for each output's vector v of a tensor, as DoRA has it.
+
+    Attributes:
+        magnitude: One number an output; its shape may have axes of one element more.
+        axis: 0 where the outputs are the first axis, and the vector the rest of the tensor; 1
+            where they are the columns of a matrix, which is then held whole while it is read.
+    """
+
+    source: Source
+    magnitude: Source
+    axis: Literal[0, 1] = 0
+
+    @property
+    def dtype(self) -> str:
+        return self.source.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.source.shape
+
+
+@dataclass(frozen=True, slots=True)
 class Generated:
     """Zeros, or normal random numbers of standard deviation `scale` keyed by `key` and seed."""
 
@@ -166,7 +236,20 @@ class Merged:
 
 
 Source = (
-    Stored | Memory | LowRank | Rows | Concat | View | Permuted | Projected | Generated | Merged
+    Stored
+    | Memory
+    | LowRank
+    | Rows
+    | Concat
+    | View
+    | Permuted
+    | Projected
+    | Sum
+    | Columns
+    | Transposed
+    | Normed
+    | Generated
+    | Merged
 )
 
 

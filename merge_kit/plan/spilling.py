@@ -9,7 +9,7 @@ from dataclasses import fields, replace
 from typing import Any
 
 from merge_kit.core.tensors import nbytes
-from merge_kit.plan.sources import Concat, Merged, Source, elements
+from merge_kit.plan.sources import Columns, Concat, Merged, Source, Sum, elements
 from merge_kit.plan.values import Step
 from merge_kit.plan.walk import operands, parts
 
@@ -60,8 +60,11 @@ class Spills:
             return self._merged(source)
         if not parts(source):
             return source
-        if isinstance(source, Concat):
+        if isinstance(source, Concat | Columns):
             return replace(source, sources=tuple(self._source(s) for s in source.sources))
+        if isinstance(source, Sum):
+            terms = tuple((factor, self._source(part)) for factor, part in source.terms)
+            return replace(source, terms=terms)
         changed: dict[str, Any] = {}
         for entry in fields(source):
             value = getattr(source, entry.name)

@@ -46,6 +46,10 @@ class Step:
         slab_elements: Largest run of elements in memory at once.
         peak_bytes: Memory of one worker while it runs this step.
         note: What the plan shows beside it, for example that a tied head is its embedding.
+        deltas: For each input, whether it is a difference from the base already, which is then
+            not subtracted; empty where none is.
+        shape: Shape of the matrix whose factors the step yields, None where it yields tensors of
+            the shape of its inputs. The outputs are then pairs, a (rank, in) and b (out, rank).
     """
 
     action: Literal["merge", "copy"]
@@ -64,6 +68,8 @@ class Step:
     slab_elements: int = 0
     peak_bytes: int = 0
     note: str = ""
+    deltas: tuple[bool, ...] = ()
+    shape: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +133,36 @@ class PlanInput:
 
 
 @dataclass(frozen=True, slots=True)
+class ModuleRank:
+    """The rank of one module of an adapter that is made.
+
+    Attributes:
+        key: Module's path, with the adapter's folder in front where there are several.
+        rank: The rank, an upper bound while `fitted` is wanted and not yet known.
+        fitted: Whether it depends on the weights.
+    """
+
+    key: str
+    rank: int
+    fitted: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Fitted:
+    """What a look at the weights of a step found, for one of the adapters that it makes.
+
+    Attributes:
+        key: As in `ModuleRank`.
+        rank: The rank; 0 means that nothing is changed and the module is left out.
+        norm: Frobenius norm of the change.
+    """
+
+    key: str
+    rank: int
+    norm: float
+
+
+@dataclass(frozen=True, slots=True)
 class LayerOrigin:
     """Where one output layer comes from: (model key, its layer) a source."""
 
@@ -181,6 +217,10 @@ class Plan:
             those too that the output does without.
         agreeing: Copies of stages that feed others, whose inputs must be equal.
         statistics: Files that models are weighed by, "statistics-1" and so on.
+        fits: Steps that must be looked at before the layout is known; the others are then laid
+            out for the largest result that they can have. None once what they found is in.
+        ranks: Rank of each module that the output's adapters change, in the order of the steps;
+            upper bounds while there are fits.
     """
 
     method: str
@@ -201,6 +241,8 @@ class Plan:
     whole_model: tuple[Step, ...] = ()
     agreeing: tuple[Step, ...] = ()
     statistics: tuple[PlanInput, ...] = ()
+    fits: tuple[Step, ...] = ()
+    ranks: tuple[ModuleRank, ...] = ()
 
     @property
     def read(self) -> tuple[PlanInput, ...]:

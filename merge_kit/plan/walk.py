@@ -5,14 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from merge_kit.plan.sources import (
+    Columns,
     Concat,
     LowRank,
     Merged,
+    Normed,
     Permuted,
     Projected,
     Rows,
     Source,
     Stored,
+    Sum,
+    Transposed,
     View,
 )
 from merge_kit.plan.values import Step
@@ -27,10 +31,14 @@ def operands(step: Step) -> list[Source]:
 def parts(source: Source) -> list[Source]:
     """Return the sources that a source is made of; a step that feeds it is not looked into."""
     match source:
-        case Rows() | View() | Permuted():
+        case Rows() | View() | Permuted() | Transposed():
             return [source.source]
-        case Concat():
+        case Concat() | Columns():
             return list(source.sources)
+        case Sum():
+            return [part for _, part in source.terms]
+        case Normed():
+            return [source.source, source.magnitude]
         case LowRank():
             return [s for s in (source.weight, source.a, source.b) if s is not None]
         case Projected():
