@@ -1,0 +1,272 @@
+"""The largest singular values of a dense matrix and their vectors; all of its singular values.
+
+Few values of a large matrix come from a block Krylov space: a block of random vectors, the same in
+every run, is multiplied by the matrix again and again, until what the space captures of the matrix
+grows no more. Sources: Halko, Martinsson and Tropp 2011, Finding structure with randomness,
+https://arxiv.org/abs/0909.4061; Musco and Musco 2015, Randomized block Krylov methods,
+https://arxiv.org/abs/1504.05477.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+from merge_kit.core.tensors import BLOCK
+from merge_kit.errors import SolveError
+from merge_kit.methods import noise
+from merge_kit.methods.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    Factors = tuple[Tensor, Tensor, Tensor]
+    """u (rows, rank), s (rank,) falling, vh (rank, columns): float64, orthonormal u and vh."""
+
+SMALL = 256
+"""Matrices with no more rows, or no more columns, are decomposed whole."""
+
+MANY = 8
+"""So is a share of one in so many of all singular values, or more."""
+
+ROUNDING = 2.0**-23
+"""Singular values below this share of the largest are rounding of float32."""
+
+_TILE = 16 * BLOCK
+"""Elements that are in float64 at once."""
+
+_GROWTH = 2e-4
+"""A space is done when a block captures no more than this share of what is left."""
+
+_NOTHING = 1e-13
+"""This share of a matrix's squared norm is nothing: float32 does not hold more of it."""
+
+_RANGE = 1e12
+"""Matrices whose largest element is further from 1 are scaled: their squares leave float32."""
+
+
+def truncated(matrix: Tensor, rank: int, name: str) -> Factors:
+    """Return the largest singular values of a matrix with their vectors.
+
+    What u @ diag(s) @ vh misses is, in the Frobenius norm, at most 1.001 times what the best
+    matrix of this rank misses, or 1e-6 of the matrix's norm if that is more. Of each column
+    of u the largest element is positive. Nothing here depends on the number of threads, if
+    torch itself runs one.
+
+    Args:
+        matrix: (rows, columns), float32 or float64; it is left as it is.
+        rank: From 1 to min(rows, columns).
+        name: The tensor: it keys the random vectors, and messages show it.
+
+    Returns:
+        Float64; NaN throughout if the matrix is not finite.
+
+    Raises:
+        SolveError: If a decomposition does not succeed.
+    """
+    rows, columns = matrix.shape
+    largest = float(matrix.abs().max())
+    if largest == 0 or largest - largest != 0:
+        value = 0.0 if largest == 0 else torch.nan
+        nothing = [torch.full(s, value, dtype=torch.float64) for s in ((rows, rank), (rank,))]
+        return nothing[0], nothing[1], torch.full((rank, columns), value, dtype=torch.float64)
+    if not 1 / _RANGE < largest < _RANGE:
+        u, s, vh = truncated(matrix.double() / largest, rank, name)
+        return u, s * largest, vh
+    try:
+        if rows > columns:
+            v, s, uh = _of_wide(matrix.T, rank, name)
+            u, vh = uh.T, v.T
+        else:
+            u, s, vh = _of_wide(matrix, rank, name)
+    except torch.linalg.LinAlgError as exc:  # type: ignore[attr-defined]
+        raise _failed(matrix, name, exc) from exc
+    signs = u.gather(0, u.abs().argmax(0, keepdim=True)).sign()
+    return u * signs, s, vh * signs.T
+
+
+def spectrum(matrix: Tensor, name: str) -> Tensor:
+    """Return all singular values of a matrix, falling, to about 2e-8 of the largest.
+
+    Args:
+        matrix: (rows, columns), float32 or float64, finite.
+        name: The tensor, for messages.
+
+    Returns:
+        (min(rows, columns),), float64.
+
+    Raises:
+        SolveError: If the decomposition does not succeed.
+    """
+    largest = float(matrix.abs().max()) if matrix.numel() else 0.0
+    if not 1 / _RANGE < largest < _RANGE and largest:
+        return spectrum(matrix.double() / largest, name) * largest
+    wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
+    try:
+        if wide.shape[0] <= SMALL:
+            found: Tensor = torch.linalg.svdvals(wide.double())
+        else:
+            found = torch.linalg.eigvalsh(_gram(wide)).flip(0).clamp_(min=0).sqrt_()
+    except torch.linalg.LinAlgError as exc:  # type: ignore[attr-defined]
+        raise _failed(matrix, name, exc) from exc
+    return found
+
+
+def rank_of_energy(values: Tensor, energy: float) -> int:
+    """Return how many of the largest singular values hold a share of the sum of all squares.
+
+    Values that are only the rounding of float32 count for nothing.
+
+    Args:
+        values: Falling, from 0.
+        energy: Above 0, at most 1.
+
+    Returns:
+        0 if all values are 0.
+    """
+    if not values.numel() or not float(values[0]):
+        return 0
+    squares = (values / values[0]).square()
+    held = squares[values > ROUNDING * values[0]].cumsum(0)
+    return 1 + int((held < energy * float(held[-1])).sum())
+
+
+def scratch_bytes(rows: int, columns: int, rank: int) -> int:
+    """Return the bytes that `truncated` and `spectrum` take on top of the matrix."""
+    small, large = sorted((rows, columns))
+    if small <= SMALL:
+        return 8 * (3 * small * large + 6 * small**2)
+    whole = 5 * small**2 + 3 * (rank + _block(rank)) * (small + large)
+    return 8 * (_TILE + max(whole, 2 * (_most(small) + _block(rank)) * (small + large)))
+
+
+def flops(rows: int, columns: int, rank: int) -> float:
+    """Return the operations of `truncated`, about."""
+    small, large = sorted((rows, columns))
+    if small <= SMALL or MANY * rank >= small:
+        return 2.0 * large * small**2 + 9.0 * small**3
+    return 4.0 * rows * columns * 6 * rank
+
+
+def spectrum_flops(rows: int, columns: int) -> float:
+    """Return the operations of `spectrum`, about."""
+    small, large = sorted((rows, columns))
+    return 2.0 * large * small**2 + 3.0 * small**3
+
+
+def _failed(matrix: Tensor, name: str, why: Exception) -> SolveError:
+    problem = f"no singular values of {list(matrix.shape)} were found: {why}"
+    return SolveError(problem, where=name, hint="are the weights of both models sound?")
+
+
+def _block(rank: int) -> int:
+    """Return the vectors of one block: products of few are slow, of many more than is needed."""
+    return max(16, -(-rank // 2))
+
+
+def _most(small: int) -> int:
+    """Return the most vectors of a space, beyond which a whole decomposition is cheaper."""
+    return small // 2
+
+
+def _of_wide(matrix: Tensor, rank: int, name: str) -> Factors:
+    """Return factors of a matrix that has at least as many columns as rows."""
+    rows, extra = matrix.shape[0], _block(rank)
+    if rows <= SMALL:
+        u, s, vh = torch.linalg.svd(matrix.double(), full_matrices=False)
+        return u[:, :rank], s[:rank], vh[:rank]
+    basis = None if MANY * rank >= rows else _krylov(matrix, rank, name)
+    if basis is None:
+        _, vectors = torch.linalg.eigh(_gram(matrix))
+        basis = vectors[:, -(rank + extra) :].contiguous()
+    right, core = torch.linalg.qr(_times(matrix.T, basis))  # (columns, k), (k, k)
+    u, s, vh = torch.linalg.svd(core.T)
+    return basis @ u[:, :rank], s[:rank], vh[:rank] @ right.T
+
+
+def _krylov(matrix: Tensor, rank: int, name: str) -> Tensor | None:
+    """Return an orthonormal basis (rows, rank and more) of what the matrix maps to most.
+
+    None if a space of half of all directions is not enough.
+    """
+    rows, columns = matrix.shape
+    block = _block(rank)
+    energy = float(torch.linalg.vector_norm(matrix, dtype=torch.float64)) ** 2
+    start = noise.normal(("truncated", name), 0, columns * block).view(columns, block)
+    fresh = _fresh(name, rows, block)
+    left = _directions(_like(matrix, start), torch.empty(rows, 0, dtype=torch.float64), fresh)
+    right = (matrix.T @ left.to(matrix.dtype)).double()
+    known, captured = right, -1.0
+    while True:
+        values, vectors = torch.linalg.eigh(known.T @ known)
+        before, captured = captured, float(values[-rank:].sum())
+        rest = max(energy - captured, _NOTHING * energy)
+        wide_enough = left.shape[1] >= rank + block
+        if wide_enough and captured - before <= _GROWTH * rest:
+            basis: Tensor = left @ vectors[:, -(rank + block) :]
+            return basis
+        if left.shape[1] + block > _most(rows):
+            return None
+        more = _directions(_like(matrix, right), left, fresh)
+        right = (matrix.T @ more.to(matrix.dtype)).double()
+        left, known = torch.cat([left, more], 1), torch.cat([known, right], 1)
+
+
+def _like(matrix: Tensor, vectors: Tensor) -> Tensor:
+    """Return the product, made in the matrix's dtype, in float64."""
+    return (matrix @ vectors.to(matrix.dtype)).double()
+
+
+def _fresh(name: str, rows: int, block: int) -> Callable[[int], Tensor]:
+    """Return what makes the n-th block of random directions, for spaces that grow no more."""
+
+    def made(at: int) -> Tensor:
+        drawn = noise.normal(("truncated", name, "fresh", at), 0, rows * block)
+        return drawn.double().view(rows, block)
+
+    return made
+
+
+def _directions(found: Tensor, known: Tensor, fresh: Callable[[int], Tensor]) -> Tensor:
+    """Return orthonormal directions of `found` that are orthogonal to the known ones.
+
+    Where it has none left (the matrix has a lower rank), random ones take their place.
+    """
+    size = float(found.norm())
+    basis, triangle = torch.linalg.qr(_without(found, known))
+    weak = triangle.diagonal().abs() <= 1e-9 * size
+    if bool(weak.any()):
+        basis[:, weak] = fresh(known.shape[1])[:, weak]
+    clean: Tensor = torch.linalg.qr(_without(basis, known))[0]
+    return clean
+
+
+def _without(vectors: Tensor, known: Tensor) -> Tensor:
+    """Return vectors less their parts in the known directions, which rounding makes twice."""
+    for _ in range(2):
+        vectors = vectors - known @ (known.T @ vectors)
+    return vectors
+
+
+def _tiles(matrix: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Yield columns of a matrix in float64, a tile at a time."""
+    step = max(1, _TILE // max(1, matrix.shape[0]))
+    for start in range(0, matrix.shape[1], step):
+        place = slice(start, start + step)
+        yield place, matrix[:, place].double()
+
+
+def _times(matrix: Tensor, vectors: Tensor) -> Tensor:
+    """Return matrix @ vectors in float64, for a tall matrix."""
+    out = torch.empty(matrix.shape[0], vectors.shape[1], dtype=torch.float64)
+    for place, tile in _tiles(matrix.T):
+        torch.mm(tile.T, vectors, out=out[place])
+    return out
+
+
+def _gram(matrix: Tensor) -> Tensor:
+    """Return matrix @ its transpose in float64."""
+    gram = torch.zeros(matrix.shape[0], matrix.shape[0], dtype=torch.float64)
+    for _, tile in _tiles(matrix):
+        gram.addmm_(tile, tile.T)
+    return gram
