@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from merge_kit.architecture.config import read_config
@@ -16,6 +16,7 @@ from merge_kit.architecture.stacks import (
     split_layer,
 )
 from merge_kit.core.tensors import TensorSpec
+from merge_kit.io.adapter_values import Adapter
 from merge_kit.io.values import Checkpoint
 from merge_kit.plan.sources import Source, Stored
 
@@ -53,6 +54,7 @@ class Model:
         label: What messages call it.
         tensors: By name, with the component's folder in front ("unet/conv.weight").
         checkpoint: Where it lies; None for the result of a stage.
+        adapter: What it changes, if it is an adapter; its tensors are those of its file.
     """
 
     key: str
@@ -60,6 +62,7 @@ class Model:
     parts: tuple[Part, ...]
     tensors: Mapping[str, Held]
     checkpoint: Checkpoint | None = None
+    adapter: Adapter | None = None
     _by_layer: dict[str, dict[int, dict[str, str]]] = field(default_factory=dict, repr=False)
     _extras: dict[str, frozenset[str]] = field(default_factory=dict, repr=False)
     _lacks: dict[str, frozenset[str]] = field(default_factory=dict, repr=False)
@@ -132,3 +135,8 @@ def from_checkpoint(key: str, checkpoint: Checkpoint) -> Model:
     }
     parts = tuple(Part(c.path, c.stem, c.config_text) for c in checkpoint.components)
     return Model(key, f"{key}:{checkpoint.name}", parts, tensors, checkpoint)
+
+
+def from_adapter(key: str, adapter: Adapter) -> Model:
+    """Return an adapter as a model whose tensors are those of its file."""
+    return replace(from_checkpoint(key, adapter.checkpoint), adapter=adapter)
