@@ -1,0 +1,158 @@
+"""adapter_config.json of an adapter that is made: the first adapter's text, patched."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from math import inf, nextafter
+from typing import Any, Literal
+
+from merge_kit.architecture.config import Edit, edit_config, read_config
+from merge_kit.plan.adapter_made import OutModule
+
+Bias = Literal["none", "all", "lora_only"]
+
+NOTHING = "dummy-target-modules"
+"""What peft takes for target_modules of an adapter that changes no module by factors."""
+
+_RESET = ("exclude_modules", "layers_to_transform", "layers_pattern")
+"""Keys that choose modules in other ways than by their names."""
+
+_INITS = ("eva_config", "corda_config", "lora_ga_config")
+"""Keys that say how training began; peft warns where init_lora_weights does not ask for them."""
+
+
+_SAFE_DOTS = 2
+"""A list chooses every module of the base that ends with one of its names. A path of so many dots
+starts at the top of the model; "lm_head" may be inside another module, and so is an expression."""
+
+
+def adapter_config_text(  # noqa: PLR0913  (every one has a name)
+    template: str | None,
+    modules: Sequence[OutModule],
+    *,
+    base: str = "",
+    revision: str = "",
+    targets: Sequence[str] | None = None,
+    saved_modules: Sequence[str] = (),
+    tokens: Mapping[str, Sequence[int]] | None = None,
+    bias: Bias = "none",
+    transposed: bool = False,
+) -> str:
+    """Return the config by which peft loads exactly these modules, with exactly their scales.
+
+    `r` and `lora_alpha` are what most modules have (what experts have, if there are any);
+    `rank_pattern` and `alpha_pattern` name the others, each by an expression that only its whole
+    name matches.
+
+    Args:
+        template: A config whose other keys, order and format are kept; None for a new one.
+        base: base_model_name_or_path; "" keeps the template's.
+        revision: The base's revision; "" keeps the template's.
+        targets: Ends of names that choose the modules, and no others of the base; where that is not
+            known, or not all modules are among them, they are chosen by their full names.
+        saved_modules: modules_to_save.
+        tokens: Rows of embeddings that are kept whole, by the embedding's path.
+        bias: Which biases of the base the adapter holds whole.
+        transposed: fan_in_fan_out.
+
+    Raises:
+        CheckpointError: If the template is no JSON object.
+    """
+    values = _values(modules, targets)
+    values |= {
+        "bias": bias,
+        "fan_in_fan_out": transposed,
+        "modules_to_save": list(saved_modules) or None,
+        "trainable_token_indices": {k: list(v) for k, v in (tokens or {}).items()} or None,
+    }
+    if base or template is None:
+        values["base_model_name_or_path"] = base or None
+    if revision or template is None:
+        values["revision"] = revision or None
+    if template is None:
+        new = {"peft_type": "LORA", "task_type": None, "inference_mode": True, "lora_dropout": 0.0}
+        return json.dumps(dict(sorted((new | values).items())), indent=2) + "\n"
+    return _patched(template, values)
+
+
+def _values(modules: Sequence[OutModule], targets: Sequence[str] | None) -> dict[str, Any]:
+    """Return the keys that say what the modules are."""
+    experts = [one for one in modules if one.kind == "experts"]
+    alphas = {one.module: _alpha(one) for one in modules}
+    # peft warns of patterns for experts, which it does not count as modules
+    rank = _most_common([one.rank for one in experts or modules], 1)
+    alpha = _most_common([alphas[one.module] for one in experts or modules], rank)
+    values: dict[str, Any] = {
+        "r": rank,
+        "lora_alpha": alpha,
+        "rank_pattern": {_exact(m.module): m.rank for m in modules if m.rank != rank},
+        "alpha_pattern": {_exact(name): a for name, a in alphas.items() if a != alpha},
+        "use_rslora": False,
+        "use_dora": any(one.magnitude for one in modules),
+        "lora_bias": any(one.bias for one in modules),
+        "init_lora_weights": True,
+        "target_modules": _targets(modules, targets),
+        "target_parameters": [one.module for one in experts] or None,
+        "loftq_config": {},
+    }
+    values |= dict.fromkeys((*_RESET, *_INITS))
+    if experts:
+        values["lora_dropout"] = 0.0  # peft refuses any other for experts
+    return values
+
+
+def _most_common(values: Sequence[Any], default: Any) -> Any:
+    return Counter(values).most_common(1)[0][0] if values else default
+
+
+def _alpha(module: OutModule) -> float | int:
+    """Return the number that gives the scale when it is divided by the rank."""
+    alpha = module.scale * module.rank
+    near = (round(alpha), alpha, nextafter(alpha, inf), nextafter(alpha, -inf))
+    return next((one for one in near if one / module.rank == module.scale), alpha)
+
+
+def _exact(name: str) -> str:
+    """Return an expression that no other name matches, one that ends with this name either."""
+    return f"^{re.escape(name)}"
+
+
+def _targets(modules: Sequence[OutModule], targets: Sequence[str] | None) -> list[str] | str:
+    names = [one.module for one in modules if one.kind != "experts"]
+    if not names:
+        return [] if modules else NOTHING
+    if targets is not None and all(_is_among(name, targets) for name in names):
+        return list(targets)
+    if min(name.count(".") for name in names) < _SAFE_DOTS:
+        return "|".join(re.escape(name) for name in names)
+    return names
+
+
+def _is_among(name: str, targets: Sequence[str]) -> bool:
+    return any(name == target or name.endswith(f".{target}") for target in targets)
+
+
+def _patched(template: str, values: Mapping[str, Any]) -> str:
+    """Return the template with what differs changed, and nothing else."""
+    where = "adapter_config.json"
+    config = read_config(template, where)
+    edits = [Edit((key,), value) for key, value in values.items() if not _says(config, key, value)]
+    return edit_config(template, edits, where)
+
+
+def _says(config: Mapping[str, Any], key: str, value: Any) -> bool:
+    """Return whether a config means a value already, perhaps by another way of writing it."""
+    if key not in config:
+        return value in (None, False, {}, "none") or (key, value) == ("init_lora_weights", True)
+    found = config[key]
+    if (found is None or value is None) and key != "target_modules":
+        return not found and not value and not isinstance(found, int | str)
+    if key in ("target_modules", "target_parameters", "modules_to_save"):
+        lists = isinstance(found, list) and isinstance(value, list)
+        return sorted(map(str, found)) == sorted(value) if lists else bool(found == value)
+    if key == "trainable_token_indices" and isinstance(found, list):
+        return [found] == list(value.values())
+    return bool(found == value) and isinstance(found, bool) == isinstance(value, bool)
