@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from merge_kit.core.tensors import StoredTensor
@@ -35,6 +35,7 @@ class Update:
         magnitude: DoRA's length of each output, or None.
         bias: Bias of b: the module's bias changes by scale * bias; or None.
         experts: How many there are, 0 for other kinds.
+        alpha_tensor: The tensor that alpha was read from, as kohya's files have it; or None.
     """
 
     module: str
@@ -48,11 +49,12 @@ class Update:
     magnitude: StoredTensor | None = None
     bias: StoredTensor | None = None
     experts: int = 0
+    alpha_tensor: StoredTensor | None = None
 
     @property
     def stored(self) -> tuple[StoredTensor, ...]:
         """Every tensor of it."""
-        more = (self.magnitude, self.bias)
+        more = (self.magnitude, self.bias, self.alpha_tensor)
         return (self.a, self.b, *(one for one in more if one is not None))
 
 
@@ -96,6 +98,8 @@ class Adapter:
         config_text: Its text, None if there is none.
         base: Name or path of the base model as the config gives it, "" if it does not.
         revision: The base's revision, "" if the config names none.
+        dropped: Name in the file -> why a tensor of it changes nothing (the base's own bias beside
+            a module that is saved whole).
     """
 
     checkpoint: Checkpoint
@@ -107,3 +111,4 @@ class Adapter:
     updates: tuple[Update, ...]
     saved: tuple[Saved, ...] = ()
     rows: tuple[TokenRows, ...] = ()
+    dropped: Mapping[str, str] = field(default_factory=dict)
