@@ -45,12 +45,17 @@ class AdapterMethod(MergeMethod):
     Attributes:
         works_on: See the module.
         additive: Whether an adapter that is named twice counts with the sum of its weights.
+        saved: What is done where adapters hold whole tensors (modules_to_save, biases, rows of
+            embeddings) and one weight does not decide: error, unless all of them are equal; mean,
+            of those that hold it; or first, of the first that holds it.
     """
 
     makes: ClassVar[Literal["model", "adapter"]] = "adapter"
     grain: ClassVar[Grain] = "tensor"
     works_on: ClassVar[Literal["concatenation", "factors", "elements", "difference"]] = "factors"
     additive: ClassVar[bool] = True
+
+    saved: Literal["error", "mean", "first"] = "error"
 
     def coefficients(self, weights: Sequence[float]) -> tuple[float, ...]:
         """Return what the adapters' weights count for, before scales."""

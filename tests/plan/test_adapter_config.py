@@ -74,7 +74,7 @@ def template(tmp_path, **settings):
 
 ENDING = {
     "q": (4, 2.0),
-    "layers.0.q": (6, 0.7),
+    "layers.0.q": (6, 0.75),
     "layers.0.attn.q": (4, 2.0),
     "layers.1.q": (4, 0.1),
     "attn.q": (2, 2.0),
