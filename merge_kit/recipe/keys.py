@@ -59,12 +59,16 @@ SETTING_KEYS = {
 }
 REFERENCE_KEYS = {
     "model": "path or Hub id, or a mapping with the keys path and revision",
-    "lora": "adapter, or list of adapters, to apply to the model",
+    "lora": "adapter, or list of adapters, to apply to the model; each may have a weight",
     "override_architecture": "accepted without effect",
 }
 PATH_KEYS = {
     "path": "path or Hub id, taken literally",
     "revision": "branch, tag or commit on the Hub",
+}
+ADAPTER_KEYS = {
+    **PATH_KEYS,
+    "weight": "number that the adapter's change is multiplied by, 1 by default",
 }
 TOKENIZER_KEYS = {
     "source": "base, union (the default) or a model",

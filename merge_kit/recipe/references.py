@@ -7,7 +7,8 @@ from pathlib import Path
 
 from merge_kit.errors import RecipeError
 from merge_kit.recipe.findings import Findings
-from merge_kit.recipe.keys import PATH_KEYS, REFERENCE_KEYS
+from merge_kit.recipe.keys import ADAPTER_KEYS, PATH_KEYS, REFERENCE_KEYS
+from merge_kit.recipe.lookup import EXPECTED, converted
 from merge_kit.recipe.nodes import Node
 from merge_kit.recipe.values import Mark, ModelRef
 
@@ -53,30 +54,63 @@ def _from_mapping(node: Node, folder: Path | None, findings: Findings) -> ModelR
         mark = entries["override_architecture"].key
         findings.note(mark, "override_architecture has no effect (names come from the files)")
     model = _part(entries["model"], folder, findings) if "model" in entries else None
-    adapters = _adapters(entries.get("lora"), folder, findings)
-    if model is None or adapters is None:
+    found = _adapters(entries.get("lora"), folder, findings)
+    if model is None or found is None:
         return None
+    adapters, weights = tuple(text for text, _ in found), tuple(weight for _, weight in found)
     text = "+".join((f"{model[0]}@{model[1]}" if model[1] else model[0], *adapters))
-    return ModelRef(*model, adapters, text, node.mark)
+    given = () if set(weights) <= {1.0} else weights
+    return ModelRef(*model, adapters, text, node.mark, given)
 
 
-def _adapters(node: Node | None, folder: Path | None, findings: Findings) -> tuple[str, ...] | None:
+def _adapters(
+    node: Node | None, folder: Path | None, findings: Findings
+) -> tuple[tuple[str, float], ...] | None:
+    """Return reference and weight of each adapter, None with a problem recorded."""
     if node is None:
         return ()
     nodes = node.content if isinstance(node.content, tuple) else (node,)
-    parts = [_part(item, folder, findings) for item in nodes]
-    known = [part for part in parts if part is not None]
-    if len(known) < len(parts):
+    if len(nodes) > MAX_PARTS:
+        findings.error(node.mark, f"{len(nodes)} adapters, expected at most {MAX_PARTS}")
         return None
-    return tuple(f"{path}@{revision}" if revision else path for path, revision in known)
+    found = [_adapter(item, folder, findings) for item in nodes]
+    known = [one for one in found if one is not None]
+    return tuple(known) if len(known) == len(found) else None
 
 
-def _part(node: Node, folder: Path | None, findings: Findings) -> tuple[str, str | None] | None:
+def _adapter(node: Node, folder: Path | None, findings: Findings) -> tuple[str, float] | None:
+    part, weight = _part(node, folder, findings, ADAPTER_KEYS), _weight(node, findings)
+    if part is None or weight is None:
+        return None
+    path, revision = part
+    return (f"{path}@{revision}" if revision else path), weight
+
+
+def _weight(node: Node, findings: Findings) -> float | None:
+    """Return the weight of an adapter, 1 by default, None with a problem recorded."""
+    given = node.content.get("weight") if isinstance(node.content, Mapping) else None
+    if given is None or given.content is None:
+        return 1.0
+    content = given.content
+    is_number = isinstance(content, int | float | str) and not isinstance(content, bool)
+    number = converted(content, float) if is_number else None
+    if number is None:
+        findings.wrong(given, EXPECTED[float])
+        return None
+    return float(number)
+
+
+def _part(
+    node: Node,
+    folder: Path | None,
+    findings: Findings,
+    valid: Mapping[str, str] = PATH_KEYS,
+) -> tuple[str, str | None] | None:
     """Return path and revision of a text that `+` does not split, or of a mapping."""
     if not isinstance(node.content, Mapping):
         text = findings.text(node)
         return _revision(text, folder, node.mark) if text is not None else None
-    entries = findings.fields(node, PATH_KEYS, ("path",))
+    entries = findings.fields(node, valid, ("path",))
     path = findings.text(entries["path"]) if "path" in entries else None
     revision = findings.text(entries["revision"]) if "revision" in entries else None
     return None if path is None else (path, revision)

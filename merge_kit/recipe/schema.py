@@ -112,6 +112,7 @@ def _definitions() -> Schema:
         "layer_range": {"type": "array", "items": _WHOLE, "minItems": 2, "maxItems": 2},
         "reference": _reference(),
         "literal": _literal(),
+        "adapter": _adapter(),
         "parameters": _parameters(),
         "setting": _setting(),
         "condition": _record(
@@ -127,11 +128,15 @@ def _literal() -> Schema:
     return {"anyOf": [_TEXT, path]}
 
 
+def _adapter() -> Schema:
+    shapes: Schema = {"path": _TEXT, "revision": _TEXT, "weight": {"type": ["number", "string"]}}
+    return {"anyOf": [_TEXT, _record(keys.ADAPTER_KEYS, shapes, ("path",))]}
+
+
 def _reference() -> Schema:
-    literal = _ref("literal")
     shapes: Schema = {
-        "model": literal,
-        "lora": {"anyOf": [literal, {"type": "array", "items": literal}]},
+        "model": _ref("literal"),
+        "lora": {"anyOf": [_ref("adapter"), _list_of("adapter")]},
         "override_architecture": _ANYTHING,
     }
     return {"anyOf": [_TEXT, _record(keys.REFERENCE_KEYS, shapes, ("model",))]}

@@ -74,13 +74,14 @@ NO_PARAMETERS: Parameters = MappingProxyType({})
 
 @dataclass(frozen=True, slots=True)
 class ModelRef:
-    """A reference to a model, as written; equal if path, revision and adapters are equal.
+    """A reference to a model, as written; equal if all but its text and its place are equal.
 
     Attributes:
         text: The reference as the user wrote it (an existing path wins over its special meaning).
         path: Path, Hub id or stage name, without revision and adapters.
         revision: What follows `@`, or None.
         adapters: References of LoRA adapters to apply, in order.
+        weights: What the change of each adapter is multiplied by; empty where that is 1 for all.
     """
 
     path: str
@@ -88,6 +89,12 @@ class ModelRef:
     adapters: tuple[str, ...] = ()
     text: str = field(default="", compare=False)
     mark: Mark = field(default=Mark("", 0, 0), compare=False)
+    weights: tuple[float, ...] = ()
+
+    def applied(self) -> tuple[tuple[str, float], ...]:
+        """Return the reference of each adapter with its weight."""
+        weights = self.weights or (1.0,) * len(self.adapters)
+        return tuple(zip(self.adapters, weights, strict=True))
 
 
 @dataclass(frozen=True, slots=True)

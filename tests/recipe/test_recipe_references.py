@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from merge_kit.errors import RecipeError
 from merge_kit.recipe import parse_recipe
 from merge_kit.recipe.references import split_reference
 from merge_kit.recipe.values import Mark, ModelRef
@@ -66,6 +67,12 @@ def test_names_that_no_file_can_have_are_names(name):
         ("{model: {path: a, revision: v1}, lora: l@v2}", ModelRef("a", "v1", ("l@v2",))),
         ("{model: a, lora: {path: l, revision: v2}}", ModelRef("a", None, ("l@v2",))),
         ("{model: a, lora: [l, m]}", ModelRef("a", None, ("l", "m"))),
+        ("{model: a, lora: {path: l, weight: -0.5}}", ModelRef("a", None, ("l",), weights=(-0.5,))),
+        (
+            "{model: a, lora: [l, {path: m, revision: v, weight: 1e-3}]}",
+            ModelRef("a", None, ("l", "m@v"), weights=(1.0, 0.001)),
+        ),
+        ("{model: a, lora: [{path: l, weight: 1.0}, m]}", ModelRef("a", None, ("l", "m"))),
     ],
 )
 def test_mapping_references(written, reference):
@@ -82,3 +89,26 @@ def test_revisions_and_adapters_make_models_differ():
     text = "merge_method: linear\nparameters: {weight: 1}\n"
     text += "models: [{model: a}, {model: a@main}, {model: a+l}]\n"
     assert len(parse_recipe(text).stages[0].models) == 3
+
+
+def test_weights_of_adapters_make_models_differ():
+    text = "merge_method: linear\nparameters: {weight: 1}\nmodels:\n"
+    text += "- model: {model: a, lora: {path: l, weight: 2}}\n- model: a+l\n"
+    one, other = (entry.model for entry in parse_recipe(text).stages[0].models)
+    assert one != other
+    assert one.applied() == (("l", 2.0),)
+    assert other.applied() == (("l", 1.0),)
+
+
+@pytest.mark.parametrize("weight", ["x", ".nan", ".inf", "[1]", "true", "{a: 1}"])
+def test_weights_of_adapters_are_finite_numbers(weight):
+    given = f"{{path: l, weight: {weight}}}"
+    text = f"merge_method: passthrough\nmodels:\n- model: {{model: a, lora: {given}}}\n"
+    with pytest.raises(RecipeError, match=r"recipe>:3:\d+: weight is .*, expected a finite number"):
+        parse_recipe(text)
+
+
+def test_unknown_keys_of_adapters_are_refused():
+    text = "merge_method: passthrough\nmodels: [{model: {model: a, lora: {path: l, wieght: 1}}}]\n"
+    with pytest.raises(RecipeError, match=r"unknown key 'wieght'.*\n.*'weight'"):
+        parse_recipe(text)
