@@ -10,7 +10,7 @@ from merge_kit.core.dtypes import DTYPES
 from merge_kit.methods.base import Yield
 from merge_kit.methods.lazy import torch
 from merge_kit.methods.low_rank import Change, decompose, length, rank_of, spanned, split
-from merge_kit.methods.updates import Spectrum
+from merge_kit.methods.updates import Spectrum, Work
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -85,8 +85,8 @@ def measured(change: Change, a: Tensor, b: Tensor, dtype: str) -> dict[str, floa
     bases, the four terms of left (core - B A^T) right^T - left B F^T - E A^T right^T - E F^T are
     orthogonal: the length of the whole takes no difference of large squares.
     """
-    kept, lost = _inside(change.left, _rounded(b, dtype))
-    kept_a, lost_a = _inside(change.right, _rounded(a, dtype).T)
+    kept, lost = _inside(change.left, rounded(b, dtype))
+    kept_a, lost_a = _inside(change.right, rounded(a, dtype).T)
     within = length(change.core - kept @ kept_a.T)
     beside = (_product(kept, lost_a), _product(lost, kept_a), _product(lost, lost_a))
     return finite({"norm": length(change.core), "residual": hypot(within, *beside)})
@@ -97,9 +97,10 @@ def finite(facts: dict[str, float]) -> dict[str, float]:
     return {name: value for name, value in facts.items() if isfinite(value)}
 
 
-def _rounded(factor: Tensor, dtype: str) -> Tensor:
-    rounded: Tensor = factor.to(getattr(torch, DTYPES[dtype].torch_name)).double()
-    return rounded
+def rounded(factor: Tensor, dtype: str) -> Tensor:
+    """Return a factor as a dtype holds it, in float64."""
+    held: Tensor = factor.to(getattr(torch, DTYPES[dtype].torch_name)).double()
+    return held
 
 
 def _inside(basis: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
@@ -126,11 +127,10 @@ def no_spectra(slab: Slab) -> list[Spectrum]:
     return [Spectrum(0, nan)] * len(uses(slab))
 
 
-def scratch_bytes(models: int, elements: int) -> int:
-    """Return the bytes of stacked factors, their bases, the result, and what it misses.
-
-    Args:
-        models: Changes.
-        elements: Of the largest factor.
-    """
-    return 8 * 12 * max(models, 1) * elements
+def work(shape: tuple[int, int], ranks: Sequence[int], made: Sequence[int]) -> Work:
+    """Return what sums take: stacked factors, their bases, and what rounded factors miss."""
+    sides, total = sum(shape), sum(ranks)
+    core = min(total, max(shape))
+    held = sides * (3 * total + 3 * max(made, default=0)) + 8 * core**2
+    flops = 4.0 * sides * total**2 + len(made) * 20.0 * core**3
+    return Work(8 * held, flops + sum(6.0 * sides * core * rank for rank in made))

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 
 from merge_kit.methods import factors
 from merge_kit.methods.base import PerModel, Scans, Slab, Yield, per_model
-from merge_kit.methods.dropping import fill
 from merge_kit.methods.registry import register
-from merge_kit.methods.updates import AdapterMethod, Spectrum, check_truncation
+from merge_kit.methods.truncating import Truncating
+from merge_kit.methods.updates import Spectrum, Work
 
 
 @register("lora_svd")
 @dataclass(frozen=True, kw_only=True)
-class LoraSvd(AdapterMethod):
+class LoraSvd(Truncating):
     """Add adapters up, and keep the largest singular values of each module's change.
 
     out = B A with B = U_r sqrt(S_r), A = sqrt(S_r) V_r^T, U S V^T = sum(w_i s_i b_i a_i)
@@ -50,24 +50,13 @@ class LoraSvd(AdapterMethod):
     rank: int | None = None
     energy: float | None = None
 
-    def __post_init__(self) -> None:
-        fill(self, len(self.weight))
-        check_truncation(self.rank, self.energy)
+    def default_rank(self, ranks: Sequence[int]) -> int:
+        """Return the largest."""
+        return max(ranks)
 
     def keeps_one(self, rank: int) -> bool:
         """Return whether the rank is no larger than what is asked for."""
-        return self.energy is None and (self.rank is None or rank <= self.rank)
-
-    def rank_bound(self, ranks: Sequence[int], shape: tuple[int, int]) -> int:
-        """Return the rank that is asked for, where there are so many directions."""
-        most = min(sum(ranks), *shape)
-        if self.energy is not None:
-            return most
-        return min(most, max(ranks) if self.rank is None else self.rank)
-
-    def is_fitted(self) -> bool:
-        """Return whether a share of the energy is asked for."""
-        return self.energy is not None
+        return self.keeps(rank)
 
     def fit(self, slab: Slab, scans: Scans) -> Sequence[Spectrum]:
         """Return the smallest ranks that keep the energy."""
@@ -83,6 +72,6 @@ class LoraSvd(AdapterMethod):
             return factors.not_finite(slab)
         return factors.truncated(factors.sums(slab), slab)
 
-    def scratch_bytes(self, models: int, elements: int) -> int:
-        """Return the bytes of stacked factors, their bases, and the result."""
-        return factors.scratch_bytes(models, elements)
+    def work(self, shape: tuple[int, int], ranks: Sequence[int], made: Sequence[int]) -> Work:
+        """Return what two QR decompositions and one of the core take."""
+        return factors.work(shape, ranks, made)

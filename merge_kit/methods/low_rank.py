@@ -59,7 +59,7 @@ class Spanned:
         return self.heads[change] @ self.tails[change]
 
     def sum(self, coefficients: Sequence[float], noise: float) -> Change:
-        """Return the sum of c_i b_i a_i, of which `noise` times the length of the terms is rounding."""
+        """Return the sum of c_i b_i a_i; `noise` times the length of its terms is rounding."""
         total, lengths = self.left.new_zeros(self.left.shape[1], self.right.shape[1]), [0.0]
         for i, coefficient in enumerate(coefficients):
             if coefficient:
@@ -117,15 +117,26 @@ def rank_of(values: Tensor, rank: int | None, energy: float | None) -> int:
 
 
 def split(change: Change, parts: Parts, rank: int) -> tuple[Tensor, Tensor]:
-    """Return V^T and U of singular vectors, each times sqrt(S), padded with zeros to the rank.
+    """Return the factors a and b of singular vectors of a change's core, see `balanced`."""
+    left, right = change.left @ parts.left, parts.right @ change.right.T
+    return balanced(left, parts.values, right, rank)
 
-    Both have the same range of numbers then, where dtypes of few bits lose least. The largest
-    element of each column of U is positive: the vectors of one change have one sign.
+
+def balanced(left: Tensor, values: Tensor, right: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Return a = sqrt(S) V^T and b = U sqrt(S), padded with zeros to the rank.
+
+    Both have numbers of one size then, of which dtypes of few bits lose least. The largest element
+    of each column of b is positive: the vectors of one change have one sign.
+
+    Args:
+        left: (out, k), its columns orthonormal; overwritten, as `right` is.
+        values: (k,).
+        right: (k, in), its rows orthonormal.
     """
-    roots = parts.values.sqrt()
-    b, a = change.left @ (parts.left * roots), (parts.right * roots.unsqueeze(1)) @ change.right.T
-    signs = signs_of(b)
-    return padded(a.mul_(signs.unsqueeze(1)), rank, 0), padded(b.mul_(signs), rank, 1)
+    roots = values.sqrt()
+    signed = (roots * signs_of(left)).unsqueeze(1)
+    b, a = left.mul_(signed.T), right.mul_(signed)
+    return padded(a, rank, 0), padded(b, rank, 1)
 
 
 def signs_of(columns: Tensor) -> Tensor:

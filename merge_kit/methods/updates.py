@@ -5,11 +5,15 @@ where a method needs its elements. A method `works_on`
 
 - "concatenation": the planner lays the factors side by side; nothing is computed but factors.
 - "factors": `merge` gets `slab.aux` "a0", "b0", "a1", "b1", ... whole, flat, in float64, with the
-  scales folded into b; `slab.shape` is (out, in); `slab.weights` the coefficients of the first
-  adapter that is made, then of the second, ... (uses * changes).
+  scales folded into b (or into both, see `splits_scales`); `slab.shape` is (out, in);
+  `slab.weights` the coefficients of the first adapter that is made, then of the second, ... (uses
+  * changes).
 - "elements": the planner forms the changes and merges them by `elementwise()`; `merge` gets the
   result, flat, in `slab.tensors[0]`, of shape `slab.shape`, and compresses it.
 - "difference": `merge` gets model minus base in `slab.tensors[0]` and compresses it.
+
+Parameters of each model are those of the changes in the slab, in their order; for "elements" those
+of all adapters.
 
 `merge` returns a `Yield` of a (rank, in) and b (out, rank) for each adapter that is made, of the
 ranks `slab.ranks`; the scale of what it returns is 1.
@@ -31,11 +35,24 @@ class Spectrum:
 
     Attributes:
         rank: The rank that the parameters ask for, 0 if there is no change.
-        norm: Its Frobenius norm.
+        norm: Its Frobenius norm, NaN if what it is made of is not finite.
     """
 
     rank: int
     norm: float
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What the factoring of one change takes.
+
+    Attributes:
+        scratch_bytes: On top of the slab and of what it yields in float64.
+        flops: Operations of decompositions and products.
+    """
+
+    scratch_bytes: int
+    flops: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +78,10 @@ class AdapterMethod(MergeMethod):
         """Return what the adapters' weights count for, before scales."""
         return tuple(weights)
 
+    def splits_scales(self) -> bool:
+        """Return whether a and b are each multiplied by the root of the scale, not b by all."""
+        return False
+
     def keeps_one(self, rank: int) -> bool:
         """Return whether one change of this rank with coefficient 1 comes out as it went in."""
         del rank
@@ -82,6 +103,17 @@ class AdapterMethod(MergeMethod):
     def fit(self, slab: Slab, scans: Scans) -> Sequence[Spectrum]:
         """Return the rank of the result for each adapter that is made; as `merge` in all else."""
         raise NotImplementedError
+
+    def work(self, shape: tuple[int, int], ranks: Sequence[int], made: Sequence[int]) -> Work:
+        """Return what `merge` of one module takes; `fit` takes no more.
+
+        Args:
+            shape: (out, in).
+            ranks: Of the changes that are combined; empty where the slab holds a whole change.
+            made: Of the adapters that are made.
+        """
+        del shape, ranks, made
+        return Work(0, 0.0)
 
     def elementwise(self) -> MergeMethod:
         """Return what merges the changes element by element, for `works_on` "elements"."""
