@@ -32,6 +32,8 @@ class LoraConcat(AdapterMethod):
     the scale of rsLoRA on top.
 
     Attributes:
+        saved: What becomes of tensors that adapters hold whole, where these differ: error, mean, or
+            first, that of the first adapter that holds one.
         weight: Weight of each adapter, any finite number.
 
     Cost: the adapters are read once and written once.

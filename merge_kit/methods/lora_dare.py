@@ -33,6 +33,8 @@ class LoraDare(Compressing):
     which changes the expected value of their product.
 
     Attributes:
+        saved: What becomes of tensors that adapters hold whole, where these differ: error, mean, or
+            first, that of the first adapter that holds one.
         weight: Weight of each adapter, any finite number.
         density: Probability of keeping an element, in [0, 1].
         normalize: Whether to divide by the weights.

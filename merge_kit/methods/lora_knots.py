@@ -45,6 +45,8 @@ class LoraKnots(Truncating):
     no adapter but a merged model.
 
     Attributes:
+        saved: What becomes of tensors that adapters hold whole, where these differ: error, mean, or
+            first, that of the first adapter that holds one.
         weight: Weight of each adapter, any finite number.
         density: Share of each aligned change that is kept, in [0, 1]: of the largest magnitude, or
             at random.
@@ -97,6 +99,7 @@ class LoraKnots(Truncating):
 
     def _changes(self, slab: Slab) -> list[Change]:
         found = aligned.bases(factors.factors(slab))
+        assert len(found.rights) == len(self.density)  # those of the changes
         return [self._merged(found, weights, slab) for weights in factors.uses(slab)]
 
     def _merged(self, found: aligned.Bases, weights: Sequence[float], slab: Slab) -> Change:

@@ -46,6 +46,8 @@ class LoraLinear(AdapterMethod):
     does that, for adapters of equal rank.
 
     Attributes:
+        saved: What becomes of tensors that adapters hold whole, where these differ: error, mean, or
+            first, that of the first adapter that holds one.
         weight: Weight of each adapter, any finite number.
         normalize: Whether to divide by the sum of the weights.
         variant: exact, or peft: the products of sums of factors, cross terms included.

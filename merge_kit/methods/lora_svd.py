@@ -34,6 +34,8 @@ class LoraSvd(Truncating):
     Differences: peft's combination "svd" forms the change and has no energy.
 
     Attributes:
+        saved: What becomes of tensors that adapters hold whole, where these differ: error, mean, or
+            first, that of the first adapter that holds one.
         weight: Weight of each adapter, any finite number.
         rank: Rank of each module of the result, at most the sum of the ranks and the sides of the
             matrix. By default, without energy, the largest rank of the adapters for this module.

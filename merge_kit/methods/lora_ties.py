@@ -33,6 +33,8 @@ class LoraTies(Compressing):
     the a and the b by themselves, which no change corresponds to.
 
     Attributes:
+        saved: What becomes of tensors that adapters hold whole, where these differ: error, mean, or
+            first, that of the first adapter that holds one.
         weight: Weight of each adapter, any finite number.
         density: Share of each change that is kept, in [0, 1].
         normalize: Whether to divide by the weights of those that agree.

@@ -12,8 +12,8 @@ where a method needs its elements. A method `works_on`
   result, flat, in `slab.tensors[0]`, of shape `slab.shape`, and compresses it.
 - "difference": `merge` gets model minus base in `slab.tensors[0]` and compresses it.
 
-Parameters of each model are those of the changes in the slab, in their order; for "elements" those
-of all adapters.
+Parameters of each model are those of the changes in the slab, in their order (`of_entries`); for
+"elements" those of all adapters.
 
 `merge` returns a `Yield` of a (rank, in) and b (out, rank) for each adapter that is made, of the
 ranks `slab.ranks`; the scale of what it returns is 1.
@@ -22,11 +22,14 @@ ranks `slab.ranks`; the scale of what it returns is 1.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import ClassVar, Literal
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from merge_kit.errors import ParameterError
-from merge_kit.methods.base import Grain, MergeMethod, Scans, Slab
+from merge_kit.methods.base import Grain, MergeMethod, PerModel, Scans, Slab
+
+if TYPE_CHECKING:
+    from typing import Self
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +81,15 @@ class AdapterMethod(MergeMethod):
         """Return what the adapters' weights count for, before scales."""
         return tuple(weights)
 
+    def of_entries(self, entries: Sequence[int]) -> Self:
+        """Return the method with the parameters of these models alone.
+
+        For a module that some adapters lack, where methods of "factors" are not additive.
+        """
+        values = {entry.name: getattr(self, entry.name) for entry in fields(self)}
+        chosen = {n: PerModel(v[i] for i in entries) for n, v in values.items() if _is_each(v)}
+        return replace(self, **chosen)
+
     def splits_scales(self) -> bool:
         """Return whether a and b are each multiplied by the root of the scale, not b by all."""
         return False
@@ -118,6 +130,10 @@ class AdapterMethod(MergeMethod):
     def elementwise(self) -> MergeMethod:
         """Return what merges the changes element by element, for `works_on` "elements"."""
         raise NotImplementedError
+
+
+def _is_each(value: object) -> bool:
+    return isinstance(value, PerModel)
 
 
 def check_truncation(rank: int | None, energy: float | None) -> None:
