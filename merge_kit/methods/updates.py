@@ -23,7 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from merge_kit.errors import ParameterError
 from merge_kit.methods.base import Grain, MergeMethod, PerModel, Scans, Slab
@@ -87,7 +87,11 @@ class AdapterMethod(MergeMethod):
         For a module that some adapters lack, where methods of "factors" are not additive.
         """
         values = {entry.name: getattr(self, entry.name) for entry in fields(self)}
-        chosen = {n: PerModel(v[i] for i in entries) for n, v in values.items() if _is_each(v)}
+        chosen: dict[str, Any] = {
+            name: PerModel(value[i] for i in entries)
+            for name, value in values.items()
+            if isinstance(value, PerModel)
+        }
         return replace(self, **chosen)
 
     def splits_scales(self) -> bool:
@@ -130,10 +134,6 @@ class AdapterMethod(MergeMethod):
     def elementwise(self) -> MergeMethod:
         """Return what merges the changes element by element, for `works_on` "elements"."""
         raise NotImplementedError
-
-
-def _is_each(value: object) -> bool:
-    return isinstance(value, PerModel)
 
 
 def check_truncation(rank: int | None, energy: float | None) -> None:
