@@ -15,10 +15,18 @@ RECIPES = Path(__file__).parent.parent / "recipes"
 DEMO = RECIPES / "demo"
 
 
-@pytest.mark.parametrize("name", sorted(path.name for path in RECIPES.glob("*.yaml")))
-def test_a_recipe_of_the_repository_runs_and_loads(tmp_path, name):
+NAMES = sorted(path.name for path in RECIPES.glob("*.yaml"))
+OF_ADAPTERS = [n for n in NAMES if "merge_method: lora_" in (RECIPES / n).read_text()]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_recipe_starts_with_what_it_shows(name):
     text = (RECIPES / name).read_text()
     assert text.startswith("# ")
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in OF_ADAPTERS])
+def test_a_recipe_of_the_repository_runs_and_loads(tmp_path, name):
     done = api.merge(RECIPES / name, tmp_path / "out")
     model, loading = AutoModelForCausalLM.from_pretrained(done.output, output_loading_info=True)
     assert not any(loading.values())
@@ -26,6 +34,27 @@ def test_a_recipe_of_the_repository_runs_and_loads(tmp_path, name):
     tokens = AutoTokenizer.from_pretrained(done.output)("sort cab: ", return_tensors="pt")
     made = model.generate(**tokens, max_new_tokens=4, do_sample=False)
     assert torch.isfinite(model(made).logits).all()
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # of peft
+@pytest.mark.parametrize("name", OF_ADAPTERS)
+def test_a_recipe_that_makes_adapters_runs_and_peft_loads_them(tmp_path, name):
+    from peft import PeftModel  # noqa: PLC0415  (slow to import)
+
+    done = api.merge(RECIPES / name, tmp_path / "out")
+    folders = [path.parent for path in done.output.rglob("adapter_config.json")]
+    assert folders
+    tokens = AutoTokenizer.from_pretrained(DEMO / "base")("sort cab: ", return_tensors="pt")
+    for folder in folders:
+        base = AutoModelForCausalLM.from_pretrained(DEMO / "base")
+        before = base(**tokens).logits
+        model = PeftModel.from_pretrained(base, folder)
+        found = model.load_adapter(folder, "again")
+        assert not found.unexpected_keys
+        assert not [key for key in found.missing_keys if "again" in key]
+        logits = model(**tokens).logits
+        assert torch.isfinite(logits).all()
+        assert not torch.equal(logits, before)
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
