@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from merge_kit.methods import aligned, consensus, dropping, factors
 from merge_kit.methods.base import PerModel, Scans, Slab, Yield, per_model
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 class LoraKnots(Truncating):
     """Align adapters in the directions of their outputs, and merge them there (KnOTS).
 
-    [d_1 ... d_n] = U S [V_1^T ... V_n^T], d_i = s_i b_i a_i, out = lambda * U M(w_i S V_i^T)
+    out = lambda * U M(w_i S V_i^T) with [d_1 ... d_n] = U S [V_1^T ... V_n^T], d_i = s_i b_i a_i
 
     The changes d_i (outputs, inputs) of a module are put side by side and decomposed once. Row j of
     every S V_i^T then says what adapter i does to the same output direction, column j of U, and the
@@ -64,6 +64,8 @@ class LoraKnots(Truncating):
     Source: Stoica et al. 2025, Model merging with SVD to tie the Knots,
         https://arxiv.org/abs/2410.19735
     """
+
+    additive: ClassVar[bool] = False
 
     weight: PerModel[float] = per_model(1.0)
     density: PerModel[float] = per_model(1.0)

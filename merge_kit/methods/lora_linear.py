@@ -93,7 +93,7 @@ class LoraLinear(AdapterMethod):
             found = ", ".join(map(str, ranks))
             problem = f"is peft, and the ranks of the adapters are {found}, expected one rank"
             raise ParameterError("variant", problem, hint="use variant: exact")
-        return ranks[0]
+        return ranks[0] if ranks else 0
 
     def is_fitted(self) -> bool:
         """Return whether the rank is the smallest that holds the sum."""

@@ -54,7 +54,7 @@ class LoraSvd(Truncating):
 
     def default_rank(self, ranks: Sequence[int]) -> int:
         """Return the largest."""
-        return max(ranks)
+        return max(ranks, default=0)
 
     def keeps_one(self, rank: int) -> bool:
         """Return whether the rank is no larger than what is asked for."""

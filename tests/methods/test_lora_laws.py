@@ -293,6 +293,20 @@ def test_one_adapter_stays_as_it_is_where_nothing_is_asked_of_it():
     assert [m.is_fitted() for m in (LoraSvd(), LoraSvd(energy=0.5), LoraLinear())] == [0, 1, 1]
 
 
+@pytest.mark.parametrize("method", [method for method, *_ in BOUNDS] + [LoraLinear(variant="peft")])
+def test_a_module_that_no_adapter_changes_has_no_rank(method):
+    assert method.rank_bound((), (40, 30)) == 0
+
+
+def test_an_adapter_that_is_named_twice_counts_once_but_where_it_votes():
+    assert [m.additive for m in (LoraConcat(), LoraSvd(), LoraLinear(), LoraKnots())] == [
+        1,
+        1,
+        1,
+        0,
+    ]
+
+
 def test_parameters_of_some_models_are_those_of_a_module():
     method = LoraKnots(weight=PerModel([1.0, 2.0, 3.0]), density=PerModel([0.1, 0.2, 0.3]))
     some = method.of_entries([2, 0])
