@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from merge_kit.core.tensors import StoredTensor
-from merge_kit.errors import CheckpointError, MergeKitError
+from merge_kit.errors import CheckpointError, MergeKitError, raise_all
 from merge_kit.io.adapter_components import Sections, read_sections
 from merge_kit.io.adapter_experts import parameter_update, parameters, unwrapped
 from merge_kit.io.adapter_files import CONFIG, STEM, AdapterFiles, open_files
@@ -21,6 +21,9 @@ from merge_kit.io.header import read_header
 from merge_kit.io.index import few
 from merge_kit.io.strict_json import is_printable, shown
 
+_MOST_ERRORS = 10
+"""Reported of those that one wrong number in a config causes in every module."""
+
 
 def open_adapter(path: Path, name: str | None = None) -> Adapter:
     """Return the adapter at a path, read from headers and its config.
@@ -35,6 +38,7 @@ def open_adapter(path: Path, name: str | None = None) -> Adapter:
     Raises:
         CheckpointError: If nothing is there, it is broken, no LoRA, of a kind that is not
             supported, or config and weights contradict one another.
+        Problems: If several modules are wrong.
     """
     files = open_files(path, name)
     where = str(files.checkpoint.root)
@@ -83,14 +87,18 @@ def _updates(parts: Parts, sections: Sections, where: str) -> tuple[Update, ...]
         problem = f"{shown(inner[0])} is a part of torch's MultiheadAttention, not supported"
         hint = "merge it into its base with peft, and name the merged model"
         raise CheckpointError(problem, where=where, hint=hint)
-    updates = []
+    updates, errors = [], []
     for module, found in parts.modules.items():
-        if settings is not None and module in named:
-            updates.append(parameter_update(named[module], found, settings))
-            continue
-        its_settings, place = sections.of(module)
-        kind = kind_of(found, module in parts.embeddings)
-        updates.append(linear_update(module, found, kind, its_settings, place))
+        try:
+            if settings is not None and module in named:
+                updates.append(parameter_update(named[module], found, settings))
+            else:
+                its_settings, place = sections.of(module)
+                kind = kind_of(found, module in parts.embeddings)
+                updates.append(linear_update(module, found, kind, its_settings, place))
+        except CheckpointError as error:
+            errors.append(error)
+    raise_all(errors[:_MOST_ERRORS])
     return tuple(updates)
 
 

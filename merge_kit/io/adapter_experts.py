@@ -6,7 +6,7 @@ of the first lie under `base_layer`, and their names do not say the parameter's.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from merge_kit.errors import CheckpointError
 from merge_kit.io.adapter_settings import Settings, ends_with
@@ -26,11 +26,11 @@ _ORDERS = (
 """Parameters in the order in which models define them, which is that of wrapping."""
 
 
-def parameters(modules: Iterable[str], settings: Settings) -> dict[str, str]:
+def parameters(modules: Mapping[str, Found], settings: Settings) -> dict[str, str]:
     """Return the parameter that each module's factors change, of those that change one.
 
     Args:
-        modules: Paths as the file writes them, `base_layer` included.
+        modules: By their paths as the file writes them, `base_layer` included.
 
     Raises:
         CheckpointError: If it cannot be told.
@@ -42,9 +42,9 @@ def parameters(modules: Iterable[str], settings: Settings) -> dict[str, str]:
     for bare, wrapped in levels.items():
         wrapped.sort(key=len, reverse=True)  # the innermost first
         nested = wrapped != [bare]
-        if not nested and (not settings.target_parameters or settings.targets(bare)):
+        if not nested and _is_layer(bare, modules[bare], settings):
             continue
-        leaves = _leaves(bare, settings.target_parameters)
+        leaves = _leaves(bare, settings.target_parameters, len(wrapped))
         if not nested and not leaves:
             continue
         ordered = _in_order(leaves, len(wrapped))
@@ -60,14 +60,23 @@ def _bare(module: str) -> str:
     return module
 
 
-def _leaves(bare: str, targets: Sequence[str]) -> list[str]:
-    """Return the parameters of a module that are targets."""
-    found = []
-    for target in targets:
-        parent, _, leaf = target.rpartition(".")
-        if (not parent or ends_with(bare, parent)) and leaf not in found:
-            found.append(leaf)
-    return found
+def _is_layer(module: str, found: Found, settings: Settings) -> bool:
+    """Return whether a module is a target itself, not for one of its parameters."""
+    if not settings.target_parameters or settings.targets(module):
+        return True
+    rows = found["a"].spec.shape[:1]
+    return settings.all_linear and rows == (settings.rank_of(module),)
+
+
+def _leaves(bare: str, targets: Sequence[str], count: int) -> list[str]:
+    """Return the parameters of a module that are targets.
+
+    A target without a path is one in any module that has it; one with a path says more.
+    """
+    split = [target.rpartition(".") for target in targets]
+    exact = dict.fromkeys(leaf for parent, _, leaf in split if parent and ends_with(bare, parent))
+    loose = dict.fromkeys(leaf for parent, _, leaf in split if not parent)
+    return list(exact if len(exact) == count else loose | exact)
 
 
 def _in_order(leaves: Sequence[str], count: int) -> Sequence[str] | None:

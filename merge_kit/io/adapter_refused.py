@@ -61,6 +61,7 @@ _TENSORS: tuple[tuple[re.Pattern[str], str], ...] = tuple(
     for pattern, what in (
         (r"(^|[._])hada_[wt]", "LoHa"),
         (r"(^|[._])lokr_[wt]", "LoKr"),
+        (r"\.lora_(down|up)\.\d+\.", "a split change (split_dims)"),
         (r"\.lora_mid\.", "LoCon with a core tensor (lora_mid)"),
         (r"(^|[._])(oft_|boft_)|\.oft_?(R|blocks|diag)", "OFT"),
         (r"(^|[._])(ia3_l|on_input$)", "IA3"),
@@ -69,7 +70,7 @@ _TENSORS: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         (r"\.lora_diag(\.|$)", "KaSA"),
         (r"\.lora_monteclora_", "MonteCLoRA"),
         (r"\.lora_velora_", "VeLoRA"),
-        (r"(^|\.)prompt_(embeddings|encoder)", "prompt tuning"),
+        (r"(^|\.)prompt_embeddings$", "prompt tuning"),
         (r"\.(qweight|qzeros|g_idx|scales|SCB|absmax|quant_map|quant_state\.\S+)$", "quantisation"),
         (r"\.(diff|diff_b|set_weight|reshape_weight)$", "whole differences beside low ranks"),
         (r"\.(w_norm|b_norm)$", "differences of norms"),

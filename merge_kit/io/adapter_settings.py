@@ -38,6 +38,7 @@ class Settings:
         modules_to_save: Ends of the paths of modules that the adapter holds whole.
         tokens: Rows of an embedding by the end of its path; "" stands for the input embedding.
         target_modules: Ends of paths; empty if they are given as one regular expression.
+        all_linear: Whether every linear layer is a target.
         target_parameters: Ends of the paths of parameters.
     """
 
@@ -55,6 +56,7 @@ class Settings:
     tokens: Mapping[str, tuple[int, ...]]
     target_modules: tuple[str, ...]
     target_pattern: NamePatterns | None
+    all_linear: bool
     target_parameters: tuple[str, ...]
 
     def rank_of(self, module: str) -> int:
@@ -103,6 +105,7 @@ def read_settings(config: Mapping[str, Any], *, where: str) -> Settings:
         tokens=_tokens(config, where),
         target_modules=named,
         target_pattern=pattern,
+        all_linear=str(config.get("target_modules")).lower() == "all-linear",
         target_parameters=_names(config, "target_parameters", where),
     )
 

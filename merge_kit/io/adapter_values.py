@@ -31,7 +31,9 @@ class Update:
         rank: Rank (of one expert).
         alpha: lora_alpha of this module.
         scale: alpha / rank, or alpha / sqrt(rank) for rsLoRA.
-        transposed: Whether the weight is stored (in, out), as `fan_in_fan_out` says.
+        transposed: Whether the weight is stored (in, out), as `fan_in_fan_out` says. One flag of
+            the config stands for all layers, and peft goes by the layer: (in, out) for Conv1D of
+            transformers, (out, in) for the others. Where the base's shape tells, it is right.
         magnitude: DoRA's length of each output, or None.
         bias: Bias of b: the module's bias changes by scale * bias; or None.
         experts: How many there are, 0 for other kinds.
