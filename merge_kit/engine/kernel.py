@@ -12,12 +12,13 @@ from torch import Tensor
 from merge_kit.core.tensors import BLOCK
 from merge_kit.engine.operands import Operands
 from merge_kit.engine.rounding import nonfinite, round_into
-from merge_kit.engine.workspace import Workspace
+from merge_kit.engine.workspace import ALIGN, Workspace
 from merge_kit.io.reader import Reader
 from merge_kit.io.torch_dtypes import torch_dtype
 from merge_kit.methods.base import Scans, Slab, Yield
 from merge_kit.plan.sources import Merged, elements
 from merge_kit.plan.values import Step
+from merge_kit.plan.walk import is_whole_aux
 
 NO_SCANS: Scans = MappingProxyType({})
 
@@ -52,6 +53,10 @@ class Kernel:
 
     def load(self, step: Step, start: int, stop: int, work: Workspace) -> Slab:
         """Return elements [start, stop) of every operand as the step's method wants them."""
+        work.enter(step)
+        return self._load(step, start, stop, work)
+
+    def _load(self, step: Step, start: int, stop: int, work: Workspace) -> Slab:
         assert step.method is not None  # copies are not loaded
         kind, count = torch_dtype(step.compute), stop - start
         has_base = step.base is not None
@@ -86,16 +91,17 @@ class Kernel:
         """Return further operands: a range of those of the tensor's shape, the others whole."""
         if not step.aux:
             return {}
-        shape = step.inputs[0].shape if step.inputs else step.outputs[0].spec.shape
         spans = [
-            (start, stop) if source.shape == shape else (0, elements(source))
+            (0, elements(source)) if is_whole_aux(step, source) else (start, stop)
             for _, source in step.aux
         ]
-        width, kind = max(high - low for low, high in spans), torch_dtype(step.compute)
-        rows = work.rows("aux", len(step.aux), width, kind)
-        aux = {}
-        for row, (name, source), (low, high) in zip(rows, step.aux, spans, strict=True):
-            aux[name] = row[: high - low]
+        places, total = [], 0
+        for low, high in spans:
+            places.append(total)
+            total += -(-(high - low) // ALIGN) * ALIGN
+        flat, aux = work.rows("aux", 1, total, torch_dtype(step.compute))[0], {}
+        for place, (name, source), (low, high) in zip(places, step.aux, spans, strict=True):
+            aux[name] = flat[place : place + high - low]
             self.operands.read(source, low, high, aux[name], work)
         return aux
 
@@ -131,7 +137,7 @@ class Kernel:
     def compute(self, source: Merged, start: int, stop: int, out: Tensor, work: Workspace) -> None:
         """Fill `out` with a range of a feeding step, rounded to the stage's dtype."""
         assert start % BLOCK == 0  # the planner spills what is read otherwise
-        (merged,) = self.merge(source.step, self.load(source.step, start, stop, work))
+        (merged,) = self.merge(source.step, self._load(source.step, start, stop, work))
         rounded = torch_dtype(source.dtype)
         if merged.dtype == rounded:
             out.copy_(merged)

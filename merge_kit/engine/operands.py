@@ -11,28 +11,40 @@ import torch
 from torch import Tensor
 
 from merge_kit.core.dtypes import DTYPES
+from merge_kit.engine.assembled import read_columns, read_transposed
+from merge_kit.engine.norms import read_normed
+from merge_kit.engine.products import read_low_rank, read_sum
 from merge_kit.engine.workspace import Workspace
 from merge_kit.io.reader import Reader
 from merge_kit.io.torch_dtypes import torch_dtype
 from merge_kit.methods import noise
+from merge_kit.plan.residency import PIECE
 from merge_kit.plan.sources import (
+    Columns,
     Concat,
     Generated,
     LowRank,
     Memory,
     Merged,
+    Normed,
     Permuted,
     Projected,
     Rows,
     Source,
     Stored,
+    Sum,
+    Transposed,
     View,
     elements,
 )
 
-TILE = (16, 1024)
-"""Rows and columns of the products of factors. Always this shape: BLAS rounds by shape."""
-
+_ASSEMBLED: dict[type[Source], Callable[..., None]] = {
+    LowRank: read_low_rank,
+    Sum: read_sum,
+    Columns: read_columns,
+    Transposed: read_transposed,
+    Normed: read_normed,
+}
 Compute = Callable[[Merged, int, int, Tensor, Workspace], None]
 
 
@@ -64,8 +76,8 @@ class Operands:
                 self._concat(source, start, stop, out, work)
             case Permuted():
                 self._permuted(source, start, stop, out, work)
-            case LowRank():
-                self._low_rank(source, start, stop, out, work)
+            case LowRank() | Sum() | Columns() | Transposed() | Normed():
+                _ASSEMBLED[type(source)](self.read, source, start, stop, out, work)
             case Projected():
                 self._projected(source, start, stop, out, work)
             case Generated(kind="zeros"):
@@ -85,11 +97,13 @@ class Operands:
     ) -> None:
         """Read elements [span) of a tensor whose bytes start at `at`."""
         size = DTYPES[dtype].bits // 8
-        start, stop = span
         kind = torch_dtype(dtype)
-        raw, memory = work.bytes("raw", (stop - start) * size)
-        self.reader.read_into(path, at + start * size, memory)
-        out.copy_(raw.view(kind))
+        start, stop = span
+        for low in range(start, stop, PIECE):
+            high = min(low + PIECE, stop)
+            raw, memory = work.bytes("raw", (high - low) * size)
+            self.reader.read_into(path, at + low * size, memory)
+            out[low - start : high - start].copy_(raw.view(kind))
 
     def _stored(self, source: Stored, start: int, stop: int, out: Tensor, work: Workspace) -> None:
         self._file(source.span.path, source.span.start, source.dtype, (start, stop), out, work)
@@ -140,17 +154,6 @@ class Operands:
             whole = whole.view(last - first, source.shape[1], -1)[:, columns].flatten()
         out.copy_(whole[start - first * width : stop - first * width])
 
-    def _low_rank(
-        self, source: LowRank, start: int, stop: int, out: Tensor, work: Workspace
-    ) -> None:
-        if source.weight is None:
-            out.zero_()
-        else:
-            self.read(source.weight, start, stop, out, work)
-        left = self.whole(source.b, out.dtype, work)
-        right = self.whole(source.a, out.dtype, work)
-        _add_product(out, left, right, source.scale, start)
-
     def _projected(
         self, source: Projected, start: int, stop: int, out: Tensor, work: Workspace
     ) -> None:
@@ -160,29 +163,3 @@ class Operands:
         if source.right is not None:
             matrix = matrix @ self.whole(source.right, torch.float64, work)
         out.copy_(matrix.flatten()[start:stop])
-
-
-def _add_product(out: Tensor, left: Tensor, right: Tensor, scale: float, start: int) -> None:
-    """Add scale * left @ right to a run of its flattened elements, in tiles of one shape."""
-    columns, (tall, wide) = right.shape[1], TILE
-    stop = start + out.numel()
-    for top in range(start // columns // tall * tall, -(-stop // columns), tall):
-        tile_left = _padded(left[top : top + tall], tall, 0)
-        strip = torch.empty(tall, -(-columns // wide) * wide, dtype=out.dtype)
-        for side in range(0, columns, wide):
-            strip[:, side : side + wide] = tile_left @ _padded(
-                right[:, side : side + wide], wide, 1
-            )
-        flat = strip[:, :columns].flatten()
-        low, high = max(start, top * columns), min(stop, (top + tall) * columns)
-        part = flat[low - top * columns : high - top * columns]
-        out[low - start : high - start].add_(part.mul_(scale))
-
-
-def _padded(matrix: Tensor, size: int, axis: int) -> Tensor:
-    """Return a contiguous copy with zeros up to `size` along an axis."""
-    shape = list(matrix.shape)
-    shape[axis] = size
-    padded = matrix.new_zeros(shape)
-    padded.narrow(axis, 0, matrix.shape[axis]).copy_(matrix)
-    return padded

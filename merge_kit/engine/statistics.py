@@ -12,6 +12,7 @@ from merge_kit.engine.workspace import Workspace
 from merge_kit.methods.base import Grain, Scan
 from merge_kit.methods.reductions import CHUNK, Accumulator, Done, Place
 from merge_kit.plan.values import Step
+from merge_kit.plan.walk import operand_shape
 
 Gathered = dict[str, Accumulator]
 
@@ -37,7 +38,7 @@ def ranges(step: Step, size: int) -> list[tuple[int, int]]:
 
 def step_elements(step: Step) -> int:
     """Return the elements that a step reads of each operand."""
-    return numel(step.inputs[0].shape if step.inputs else step.outputs[0].spec.shape)
+    return numel(operand_shape(step))
 
 
 def row_elements(step: Step) -> int:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-_ALIGN = 16  # elements: 64 bytes of float32
-_SKEW = 5 * _ALIGN  # keeps rows of equal length off the same cache sets
+ALIGN = 16
+"""Elements that rows begin at multiples of: 64 bytes of float32."""
+
+_SKEW = 5 * ALIGN  # keeps rows of equal length off the same cache sets
 
 
 class Workspace:
@@ -16,10 +21,14 @@ class Workspace:
 
     Attributes:
         scratch: File of what the current step spilled, or None.
+        kept: What readers keep from slab to slab of one step, by keys of their own.
     """
 
     def __init__(self) -> None:
         self.scratch: Path | None = None
+        self.kept: dict[tuple[Any, ...], Any] = {}
+        self._step: object = None
+        self._depth = 0
         self._floats: dict[str, Tensor] = {}
         self._bytes: dict[str, tuple[Tensor, memoryview]] = {}
         self._child: Workspace | None = None
@@ -32,15 +41,35 @@ class Workspace:
         self._child.scratch = self.scratch
         return self._child
 
+    def enter(self, step: object) -> None:
+        """Give back what was kept for another step, and for those that fed it."""
+        if self._step is not step:
+            self._step = step
+            self._forget()
+
+    def _forget(self) -> None:
+        self.kept.clear()
+        if self._child is not None:
+            self._child._forget()  # noqa: SLF001
+
     def rows(self, name: str, count: int, elements: int, dtype: torch.dtype) -> Tensor:
         """Return an uninitialised (count, elements); each row is contiguous and aligned."""
-        stride = -(-elements // _ALIGN) * _ALIGN + _SKEW
+        stride = -(-elements // ALIGN) * ALIGN + _SKEW
         wanted = max(count, 1) * stride
         flat = self._floats.get(name)
         if flat is None or flat.dtype != dtype or flat.numel() < wanted:
             self._floats.pop(name, None)
             flat = self._floats[name] = torch.empty(wanted, dtype=dtype)
         return flat.as_strided((count, elements), (stride, 1))
+
+    @contextmanager
+    def spare(self, elements: int, dtype: torch.dtype) -> Iterator[Tensor]:
+        """Lend an uninitialised (elements,), apart from those that are lent at the same time."""
+        self._depth += 1
+        try:
+            yield self.rows(f"spare-{self._depth}-{dtype}", 1, elements, dtype)[0]
+        finally:
+            self._depth -= 1
 
     def bytes(self, name: str, count: int) -> tuple[Tensor, memoryview]:
         """Return `count` uninitialised bytes, as a uint8 tensor and as memory."""
@@ -53,6 +82,8 @@ class Workspace:
 
     def release(self) -> None:
         """Give all buffers back."""
+        self._step = None
+        self.kept.clear()
         self._floats.clear()
         self._bytes.clear()
         self._child = None

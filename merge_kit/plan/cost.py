@@ -5,16 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import zip_longest
 
-from merge_kit.core.dtypes import DTYPES
 from merge_kit.core.sizes import format_size
-from merge_kit.core.tensors import BLOCK, nbytes, numel
+from merge_kit.core.tensors import BLOCK, nbytes
 from merge_kit.errors import MergeKitError, PlanError
 from merge_kit.plan.process import process_bytes
-from merge_kit.plan.sources import Concat, Generated, Merged, Rows, Source, View, elements
+from merge_kit.plan.sources import Merged, Normed, Source, elements
+from merge_kit.plan.step_memory import float_bytes, flops, slab_bytes
 from merge_kit.plan.values import Bill, Step
-from merge_kit.plan.walk import feeding, merged_sources, operands, parts, stored
+from merge_kit.plan.walk import merged_sources, operands, stored
 
 CACHE_BYTES = 7_000_000
 """Floats of a slab that a worker works on best: larger ones leave the cache, smaller ones wait for
@@ -40,80 +39,11 @@ def worker_count(threads: int | None) -> int:
     return min(8, os.cpu_count() or 1)
 
 
-def float_bytes(step: Step) -> int:
-    """Return the bytes of one element of a slab over all models."""
-    rows = len(step.inputs) + (step.base is not None)
-    rows += sum(source.shape == _shape(step) for _, source in step.aux)
-    return DTYPES[step.compute].bits // 8 * max(rows, 1)
-
-
 def slab_elements(step: Step, blocks: int | None) -> int:
     """Return the elements of a step's slabs: whole blocks, or whole rows of about that many."""
     if blocks is None:
         blocks = min(MOST_BLOCKS, max(1, CACHE_BYTES // (float_bytes(step) * BLOCK)))
     return blocks * BLOCK
-
-
-def slab_bytes(step: Step, slab: int) -> int:
-    """Return the memory of one worker for slabs of so many elements, feeding steps included."""
-    return sum(_levels(step, slab, {}))
-
-
-def _levels(step: Step, slab: int, known: dict[int, list[int]]) -> list[int]:
-    """Return that memory by depth: steps that feed one step share the buffers of the next depth."""
-    if id(step) not in known:
-        below = [_levels(source.step, slab, known) for source in feeding(step)]
-        known[id(step)] = [
-            _own_bytes(step, slab),
-            *(max(level) for level in zip_longest(*below, fillvalue=0)),
-        ]
-    return known[id(step)]
-
-
-def _own_bytes(step: Step, slab: int) -> int:
-    """Return the memory of one worker for slabs of one step alone."""
-    if step.method is None:
-        return 4 * 8 * BLOCK
-    grain, shape = step.method.residency(), _shape(step)
-    count = min(slab, max(1, numel(shape)))
-    if grain == "tensor":
-        count = numel(shape)
-    elif grain == "row":
-        count = max(count, min(shape[-1] if shape else 1, numel(shape)))
-    whole = [elements(s) for _, s in step.aux if s.shape != shape]  # beside the slab
-    raw = max((nbytes(s.dtype, max(count, *whole, 0)) for s in stored_or(step)), default=0)
-    out = sum(min(t.spec.nbytes, nbytes(t.spec.dtype, count)) for t in step.outputs)
-    scans = step.method.scans()
-    statistics = 8 * 3 * BLOCK * (len(step.inputs) + 1) if scans else 0
-    statistics += sum(scan.reduction.held_bytes(max(1, numel(shape))) for scan in scans)
-    own = count * float_bytes(step) + raw + out + statistics
-    own += DTYPES[step.compute].bits // 8 * sum(whole)
-    own += step.method.scratch_bytes(len(step.inputs), count + max(whole, default=0))
-    return own + _special(step)
-
-
-def stored_or(step: Step) -> Sequence[Source]:
-    """Return what is read for a step, as sources with a dtype."""
-    return [s for s in operands(step) if not isinstance(s, Generated)]
-
-
-def _special(step: Step) -> int:
-    """Return memory of sources that are resident while they are read: factors, projections."""
-    extra = 0
-    for source in operands(step):
-        extra += _resident(source)
-    return extra
-
-
-def _resident(source: Source) -> int:
-    inside = sum(_resident(part) for part in parts(source))
-    if isinstance(source, Concat | Rows | View | Generated | Merged) or not parts(source):
-        return inside
-    return inside + 8 * sum(elements(part) for part in parts(source))
-
-
-def _shape(step: Step) -> tuple[int, ...]:
-    return step.inputs[0].shape if step.inputs else step.outputs[0].spec.shape
 
 
 def is_whole(step: Step) -> bool:
@@ -214,9 +144,14 @@ def passes(step: Step) -> int:
 
 def read_bytes(step: Step) -> int:
     """Return bytes read from input files, repeated passes included."""
-    sources = [found for s in operands(step) for found in stored(s)] or []
-    total = passes(step) * sum(nbytes(s.dtype, elements(s)) for s in sources)
+    total = passes(step) * sum(_read_once(source) for source in operands(step))
     return total + sum(s.span.nbytes for a in step.agree for s in stored(a)) * 2
+
+
+def _read_once(source: Source) -> int:
+    """Return the bytes of one pass over a source: lengths of columns take a pass of their own."""
+    again = _read_once(source.source) if isinstance(source, Normed) and source.axis == 1 else 0
+    return again + sum(nbytes(one.dtype, elements(one)) for one in stored(source))
 
 
 def scratch_bytes(step: Step) -> int:
@@ -255,15 +190,3 @@ def bill(
         solves=sum(flops(step) > 0 for step in steps),
         solvers=min(workers, heavy // heaviest) if heaviest else workers,
     )
-
-
-def flops(step: Step) -> float:
-    """Return the operations of solves and decompositions of a step and of those that feed it."""
-    return _own_flops(step) + sum(_own_flops(source.step) for source in merged_sources(step))
-
-
-def _own_flops(step: Step) -> float:
-    if step.method is None or step.action == "copy":
-        return 0.0
-    spec = step.outputs[0].spec
-    return step.method.flops(step.outputs[0].key, spec.shape, len(step.inputs))

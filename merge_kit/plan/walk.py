@@ -28,6 +28,18 @@ def operands(step: Step) -> list[Source]:
     return [*base, *step.inputs, *(source for _, source in step.aux)]
 
 
+def operand_shape(step: Step) -> tuple[int, ...]:
+    """Return the shape of the operands that slabs are cut of; of none, it has no elements."""
+    if step.inputs:
+        return step.inputs[0].shape
+    return step.outputs[0].spec.shape if step.shape is None else (0,)
+
+
+def is_whole_aux(step: Step, source: Source) -> bool:
+    """Return whether a further operand is whole in every slab."""
+    return source.shape != operand_shape(step)
+
+
 def parts(source: Source) -> list[Source]:
     """Return the sources that a source is made of; a step that feeds it is not looked into."""
     match source:

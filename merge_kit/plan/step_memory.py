@@ -1,0 +1,119 @@
+"""The memory of one worker while it runs a step, and the operations of its solves."""
+
+from __future__ import annotations
+
+from itertools import zip_longest
+from math import prod
+
+from merge_kit.core.dtypes import DTYPES
+from merge_kit.core.tensors import BLOCK, nbytes, numel
+from merge_kit.methods.updates import AdapterMethod, Work
+from merge_kit.plan.residency import kept_bytes, raw_bytes, spare_bytes
+from merge_kit.plan.sources import Source, elements
+from merge_kit.plan.values import Step
+from merge_kit.plan.walk import feeding, is_whole_aux, merged_sources, operand_shape, operands
+
+_YIELDED = 24
+"""Bytes of an element of a factor that is yielded: in float64, and while it is rounded."""
+
+
+def float_bytes(step: Step) -> int:
+    """Return the bytes of one element of a slab over all models."""
+    rows = len(step.inputs) + (step.base is not None) + len(step.aux) - len(_whole(step))
+    return _width(step) * max(rows, 1)
+
+
+def _whole(step: Step) -> list[Source]:
+    """Return the further operands that are whole in every slab."""
+    return [source for _, source in step.aux if is_whole_aux(step, source)]
+
+
+def slab_bytes(step: Step, slab: int) -> int:
+    """Return the memory of one worker for slabs of so many elements, feeding steps included."""
+    return sum(_levels(step, slab, {})) + _kept_bytes(step)
+
+
+def _kept_bytes(step: Step) -> int:
+    """Return what readers keep from slab to slab, for the step and those that feed it."""
+    steps = [step, *(source.step for source in merged_sources(step))]
+    return sum(kept_bytes(s, _width(one)) for one in steps for s in operands(one))
+
+
+def _width(step: Step) -> int:
+    """Return the bytes of one element in the step's arithmetic."""
+    return DTYPES[step.compute].bits // 8
+
+
+def _levels(step: Step, slab: int, known: dict[int, list[int]]) -> list[int]:
+    """Return that memory by depth: steps that feed one step share the buffers of the next depth."""
+    if id(step) not in known:
+        below = [_levels(source.step, slab, known) for source in feeding(step)]
+        known[id(step)] = [
+            _own_bytes(step, slab),
+            *(max(level) for level in zip_longest(*below, fillvalue=0)),
+        ]
+    return known[id(step)]
+
+
+def _own_bytes(step: Step, slab: int) -> int:
+    """Return the memory of one worker for slabs of one step alone."""
+    if step.method is None:
+        return 4 * 8 * BLOCK
+    count, width = _slab_count(step, slab), _width(step)
+    whole = [elements(source) for source in _whole(step)]
+    longest = max(count, *whole, 0)
+    outputs = (min(t.spec.nbytes, nbytes(t.spec.dtype, longest)) for t in step.outputs)
+    raw = max((raw_bytes(source, longest) for source in operands(step)), default=0)
+    spare = max((spare_bytes(source, longest, width) for source in operands(step)), default=0)
+    own = count * float_bytes(step) + width * sum(whole) + raw + spare + _statistics_bytes(step)
+    if _factors(step):
+        return own + _work(step).scratch_bytes + _YIELDED * sum(t.spec.numel for t in step.outputs)
+    scratch = step.method.scratch_bytes(len(step.inputs), count + max(whole, default=0))
+    return own + sum(outputs) + scratch
+
+
+def _slab_count(step: Step, slab: int) -> int:
+    """Return the elements of a slab."""
+    assert step.method is not None
+    grain, shape = step.method.residency(), operand_shape(step)
+    if grain == "tensor":
+        return numel(shape)
+    count = min(slab, max(1, numel(shape)))
+    return max(count, min(shape[-1] if shape else 1, numel(shape))) if grain == "row" else count
+
+
+def _statistics_bytes(step: Step) -> int:
+    assert step.method is not None
+    scans, total = step.method.scans(), max(1, numel(operand_shape(step)))
+    if not scans:
+        return 0
+    held = sum(scan.reduction.held_bytes(total) for scan in scans)
+    return 8 * 3 * BLOCK * (len(step.inputs) + 1) + held
+
+
+def _factors(step: Step) -> bool:
+    """Return whether a step yields factors."""
+    return step.shape is not None and isinstance(step.method, AdapterMethod)
+
+
+def _work(step: Step) -> Work:
+    """Return what the factoring of a step takes."""
+    assert isinstance(step.method, AdapterMethod)
+    assert step.shape is not None
+    ranks = [source.shape[0] for name, source in step.aux if name.startswith("a")]
+    made = [target.spec.shape[0] for target in step.outputs[::2]]
+    return step.method.work((step.shape[0], prod(step.shape[1:])), ranks, made)
+
+
+def flops(step: Step) -> float:
+    """Return the operations of solves and decompositions of a step and of those that feed it."""
+    return _own_flops(step) + sum(_own_flops(source.step) for source in merged_sources(step))
+
+
+def _own_flops(step: Step) -> float:
+    if step.method is None or step.action == "copy":
+        return 0.0
+    if _factors(step):
+        return _work(step).flops
+    spec = step.outputs[0].spec
+    return step.method.flops(step.outputs[0].key, spec.shape, len(step.inputs))
