@@ -122,18 +122,17 @@ def plan(
 
 
 @app.command()
-@click.argument("model", type=FOLDER)
-@click.argument("other", type=FOLDER, required=False)
-@click.option("--tensors", is_flag=True, help="List every tensor.")
+@click.argument("models", type=FOLDER, nargs=-1, required=True, metavar="MODEL [OTHER]...")
+@click.option("--tensors", is_flag=True, help="List every tensor; of adapters, every module.")
 @json_option
-def inspect(model: Path, other: Path | None, tensors: bool, as_json: bool) -> None:
-    """Show what MODEL holds, or how it differs from OTHER."""
-    from merge_kit.cli.inspecting import show_difference, show_model  # noqa: PLC0415
+def inspect(models: tuple[Path, ...], tensors: bool, as_json: bool) -> None:
+    """Show what MODEL holds, or how it differs from OTHER.
 
-    if other is None:
-        show_model(model, tensors=tensors, as_json=as_json)
-    else:
-        show_difference(model, other, as_json=as_json)
+    Of LoRA adapters, two or more: how close their changes are (cosine, norms, common subspaces).
+    """
+    from merge_kit.cli.inspecting import show  # noqa: PLC0415
+
+    show(models, tensors=tensors, as_json=as_json)
 
 
 @app.command()

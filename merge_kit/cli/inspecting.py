@@ -5,12 +5,37 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+from merge_kit.cli.inspecting_adapters import show_adapters
 from merge_kit.cli.model_facts import Difference, Facts, difference, facts_of
 from merge_kit.cli.text import columns, print_json, table
 from merge_kit.core.sizes import format_count, format_size
 from merge_kit.core.tensors import TensorSpec
+from merge_kit.errors import UsageError
+from merge_kit.io.adapter import is_adapter
 from merge_kit.io.checkpoint import open_checkpoint
 from merge_kit.plan.describe import Row, first_of, labelled, plural
+
+
+def show(models: Sequence[Path], *, tensors: bool, as_json: bool) -> None:
+    """Print what one model or adapter holds, or how several compare.
+
+    Raises:
+        UsageError: If models stand beside adapters, or there are three or more models.
+    """
+    adapters = [model for model in models if is_adapter(model)]
+    if len(adapters) == len(models):
+        show_adapters(models, tensors=tensors, as_json=as_json)
+    elif adapters:
+        other = next(model for model in models if model not in adapters)
+        problem = f"{adapters[0]} is an adapter, {other} is a model"
+        raise UsageError(problem, hint="compare adapters with adapters, models with models")
+    elif len(models) == 1:
+        show_model(models[0], tensors=tensors, as_json=as_json)
+    elif len(models) == 2:
+        show_difference(*models, as_json=as_json)
+    else:
+        problem = f"found {len(models)} models, expected one or two"
+        raise UsageError(problem, hint="three or more can be compared if they are adapters")
 
 
 def show_model(model: Path, *, tensors: bool, as_json: bool) -> None:

@@ -1,0 +1,206 @@
+"""Compares adapters module by module: each factor is read once, and no change is ever formed."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import combinations
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from merge_kit.api.closeness import AdapterComparison, Pair, Row, joined
+from merge_kit.api.comparing import layer_of
+from merge_kit.core.names import natural_key
+from merge_kit.errors import MismatchError, UsageError
+from merge_kit.io.adapter import open_adapter
+from merge_kit.io.adapter_values import Adapter, Update
+from merge_kit.io.reader import Reader
+from merge_kit.methods.closeness import Directions, directions, products
+from merge_kit.plan.describe import plural
+from merge_kit.plan.sources import Stored
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from merge_kit.core.tensors import StoredTensor
+
+_KOHYA = {"lora_te1_": "text_encoder_", "lora_te2_": "text_encoder_2_", "lora_te_": "text_encoder_"}
+
+
+def compare_adapters(adapters: Sequence[str | PathLike[str]]) -> AdapterComparison:
+    """Return how close the changes of adapters are: cosines, norms, and common subspaces.
+
+    The change of a module is scale * b @ a; only its factors are looked at, in float64, one module
+    after the other. A module that one of two adapters leaves alone counts as no change.
+
+    Args:
+        adapters: Folders or files of two or more LoRA adapters.
+
+    Raises:
+        CheckpointError: If one of them is no adapter, or is broken.
+        MismatchError: If a module has different shapes in two of them.
+        UsageError: If there are fewer than two.
+    """
+    if isinstance(adapters, str | bytes) or not isinstance(adapters, Sequence):
+        problem = f"found adapters of type {type(adapters).__name__}, expected a list"
+        raise UsageError(problem, hint="write compare_adapters([a, b])")
+    if len(adapters) < 2:
+        problem = f"found {len(adapters)} adapters to compare, expected two or more"
+        raise UsageError(problem, hint="write compare_adapters([a, b])")
+    return compared([open_adapter(Path(path).expanduser()) for path in adapters])
+
+
+def compared(adapters: Sequence[Adapter]) -> AdapterComparison:
+    """Return how close adapters are that are open already."""
+    names = tuple(_distinct([adapter.checkpoint.name for adapter in adapters]))
+    found = _by_module(adapters)
+    _check_shapes(found, names)
+    files = {f.path: f for a in adapters for c in a.checkpoint.components for f in c.files}
+    with Reader(files.values()) as reader:
+        rows = tuple(_row(reader, name, found[name]) for name in sorted(found, key=natural_key))
+        reader.check_all()
+    by_layer: dict[str, list[Row]] = {}
+    for row in rows:
+        by_layer.setdefault(layer_of(row.name), []).append(row)
+    layers = tuple(joined(name, members) for name, members in by_layer.items())
+    total = joined("all", [_nothing(len(adapters)), *rows])
+    notes = [note for pair in zip(names, adapters, strict=True) for note in _notes(*pair)]
+    notes += _apart(total, names)
+    bases = tuple(adapter.base for adapter in adapters)
+    return AdapterComparison(names, bases, rows, layers, total, tuple(notes))
+
+
+def _nothing(adapters: int) -> Row:
+    pairs = tuple(Pair(pair, (0.0, 0.0)) for pair in combinations(range(adapters), 2))
+    return Row("", (0.0,) * adapters, pairs)
+
+
+def _distinct(names: Sequence[str]) -> Iterator[str]:
+    """Yield the names, each with its number behind it where two are the same."""
+    counts = Counter(names)
+    for i, name in enumerate(names, start=1):
+        yield f"{name} ({i})" if counts[name] > 1 else name
+
+
+Changes = tuple[Update | None, ...]
+
+
+def _by_module(adapters: Sequence[Adapter]) -> dict[str, Changes]:
+    """Return what each adapter does to each module, by the name that the first of them gives it."""
+    mixed = len({adapter.style == "kohya" for adapter in adapters}) > 1
+    keyed = [
+        {_key(one.module) if mixed else one.module: one for one in adapter.updates}
+        for adapter in adapters
+    ]
+    found: dict[str, Changes] = {}
+    for key in dict.fromkeys(key for updates in keyed for key in updates):
+        changes = tuple(updates.get(key) for updates in keyed)
+        named = next(change for change in changes if change is not None)
+        found[named.module] = changes
+    return found
+
+
+def _key(module: str) -> str:
+    """Return what the names of a module in all styles have in common: kohya has no dots."""
+    for prefix, component in _KOHYA.items():
+        if module.startswith(prefix):
+            return component + module.removeprefix(prefix)
+    return re.sub(r"[./]", "_", module.removeprefix("lora_"))
+
+
+def _check_shapes(found: Mapping[str, Changes], names: Sequence[str]) -> None:
+    """Refuse adapters that cannot have one base."""
+    for module, changes in found.items():
+        held = [(name, change) for name, change in zip(names, changes, strict=True) if change]
+        first, one = held[0]
+        for name, other in held[1:]:
+            if _shape(one) != _shape(other):
+                problem = f"changes {_shown(one)} in {first} and {_shown(other)} in {name}"
+                hint = "only adapters of one base model can be compared"
+                raise MismatchError(problem, where=module, hint=hint)
+
+
+def _shape(update: Update) -> tuple[int, ...]:
+    """Return outputs, inputs (with the kernel of a convolution), and experts."""
+    return (update.b.spec.shape[0], *update.a.spec.shape[1:], update.experts)
+
+
+def _shown(update: Update) -> str:
+    outputs, *inputs, experts = _shape(update)
+    sizes = " x ".join(map(str, (outputs, *inputs)))
+    return f"{experts} experts of {sizes}" if experts else f"a matrix of {sizes}"
+
+
+def _row(reader: Reader, name: str, changes: Changes) -> Row:
+    found = [None if change is None else _directions(reader, change) for change in changes]
+    squares = [0.0 if one is None else one.square for one in found]
+    pairs = tuple(
+        _pair((i, j), (squares[i], squares[j]), found[i], found[j])
+        for i, j in combinations(range(len(found)), 2)
+    )
+    return Row(name, tuple(square**0.5 for square in squares), pairs)
+
+
+def _pair(
+    adapters: tuple[int, int],
+    squares: tuple[float, float],
+    one: Directions | None,
+    other: Directions | None,
+) -> Pair:
+    if one is None or other is None:
+        return Pair(adapters, squares)
+    both = products(one, other)
+    return Pair(
+        adapters,
+        squares,
+        dot=both.dot,
+        shared=1,
+        reinforcing=int(both.dot > 0),
+        cancelling=int(both.dot < 0),
+        least=both.least,
+        output_common=both.left,
+        input_common=both.right,
+        output_chance=both.left_chance,
+        input_chance=both.right_chance,
+    )
+
+
+def _directions(reader: Reader, update: Update) -> Directions:
+    """Return the singular values and vectors of a change; its factors become (blocks, ...)."""
+    a, b = _read(reader, update.a), _read(reader, update.b)
+    if update.experts:
+        a = a.view(update.experts, update.rank, -1)
+        b = b.view(-1, update.rank, update.experts).permute(2, 0, 1)
+    else:
+        a, b = a.view(1, update.rank, -1), b.view(1, -1, update.rank)
+    return directions(b, a, update.scale, where=update.module)
+
+
+def _read(reader: Reader, stored: StoredTensor) -> Tensor:
+    from merge_kit.engine.in_memory import fetch  # noqa: PLC0415  (torch, when it is needed)
+
+    return fetch(reader, Stored(stored.span, stored.spec.dtype, stored.spec.shape)).double()
+
+
+def _apart(total: Row, names: Sequence[str]) -> Iterator[str]:
+    """Yield the pairs that have no module in common."""
+    for pair in total.pairs:
+        if not pair.shared:
+            one, other = (names[i] for i in pair.adapters)
+            yield f"{one} and {other} change no module in common, by their names"
+
+
+def _notes(name: str, adapter: Adapter) -> Iterator[str]:
+    """Yield what of an adapter is not compared."""
+    scaled = sum(one.magnitude is not None for one in adapter.updates)
+    if scaled:
+        yield f"{name}: magnitudes of DoRA, in {plural(scaled, 'module')}, not compared"
+    biases = sum(one.bias is not None for one in adapter.updates)
+    if biases:
+        yield f"{name}: biases, in {plural(biases, 'module')}, not compared"
+    if adapter.saved:
+        yield f"{name}: {plural(len(adapter.saved), 'tensor')} held whole, not compared"
+    for rows in adapter.rows:
+        yield f"{name}: {plural(len(rows.tokens), 'row')} of {rows.module}, not compared"
