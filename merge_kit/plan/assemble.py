@@ -53,11 +53,30 @@ class Assembler:
 
     def __init__(self, stage: Stage, inputs: Inputs, findings: Findings) -> None:
         self.stage, self.inputs, self.findings = stage, inputs, findings
-        self.base = inputs.find(stage.base_model) if stage.base_model else None
-        self.donor = self.base or inputs.find(next(listed_models(stage)))
+        self.base = self.find(stage.base_model, None) if stage.base_model else None
+        self.donor = self.base or self.find(next(listed_models(stage)), None)
         self.rules = Rules(stage.tensors)
         self.made: set[str] = set()
         self._missing: dict[tuple[str, str], list[str]] = defaultdict(list)
+
+    def find(self, ref: ModelRef, base: ModelRef | None) -> Model:
+        """Return the model of a reference; of an adapter alone, the base with it applied.
+
+        Raises:
+            PlanError: If it is an adapter, and there is no base.
+        """
+        model = self.inputs.find(ref)
+        if model.adapter is not None:
+            if base is None:
+                raise PlanError(
+                    f"{model.label} is an adapter, and models are merged here",
+                    where=str(ref.mark),
+                    hint=f"write MODEL+{ref.text}, with the model that it was made for",
+                )
+            model = self.inputs.under(ref, base)
+        for note in model.overlay.notes if model.overlay is not None else ():
+            self.findings.note(note)
+        return model
 
     def group(
         self,
@@ -70,8 +89,8 @@ class Assembler:
     ) -> Group:
         """Return the models that are merged together; an unlisted base is added in models form."""
         listed = list(entries)
-        models = [self.inputs.find(entry.model) for entry in listed]
-        base_model = self.inputs.find(base) if base else None
+        models = [self.find(entry.model, base) for entry in listed]
+        base_model = self.find(base, None) if base else None
         adds = add_base and base is not None and base not in [entry.model for entry in listed]
         if adds and base is not None and base_model is not None:
             listed.append(Entry(base, NO_PARAMETERS, base.mark))
@@ -131,7 +150,7 @@ class Assembler:
         return Item(name, component, (part,), levels, 0.0, "passthrough", mark, "copy", note)
 
     def _copied(self, rule: TensorRule, ref: ModelRef, name: str) -> list[Item]:
-        model = self.inputs.find(ref)
+        model = self.find(ref, self.stage.base_model)
         if name in model.tensors:
             entry, note = Entry(ref, NO_PARAMETERS, rule.mark), f"copied from {model.label} by rule"
             return [self.copy(name, model, entry, note)]

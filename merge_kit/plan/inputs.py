@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from merge_kit.core.names import nearest
 from merge_kit.errors import CheckpointError, MergeKitError, PlanError
+from merge_kit.io.adapter import is_adapter, open_adapter
 from merge_kit.io.checkpoint import open_checkpoint
 from merge_kit.io.strict_json import shown
-from merge_kit.plan.models import Model, from_checkpoint
+from merge_kit.methods.registry import find as find_method
+from merge_kit.plan.applied import apply_adapters
+from merge_kit.plan.models import Model, from_adapter, from_checkpoint
 from merge_kit.plan.values import PlanInput
+from merge_kit.recipe.references import split_reference
 from merge_kit.recipe.stages import entries, references
 from merge_kit.recipe.values import ModelRef, Recipe, Stage
 
@@ -47,12 +52,19 @@ def locate(ref: ModelRef, folder: Path | None) -> Path:
     raise CheckpointError(problem, where=str(ref.mark), hint=hint)
 
 
+def _text(ref: ModelRef) -> str:
+    """Return a reference as it was written, without its adapters."""
+    if not ref.adapters:
+        return ref.text
+    return f"{ref.path}@{ref.revision}" if ref.revision else ref.path
+
+
 class Inputs:
-    """The models of a recipe: checkpoints by path, stages by name.
+    """The models and adapters of a recipe by path, stages by name.
 
     Attributes:
-        errors: What could not be opened.
-        refs: How the recipe refers to each checkpoint first, by key.
+        errors: What could not be opened or applied.
+        refs: How the recipe refers to each checkpoint first, by key, without adapters.
         donors: The model whose files the result of a stage takes, by the stage's name.
     """
 
@@ -60,66 +72,111 @@ class Inputs:
         self.errors: list[MergeKitError] = []
         self._folder = recipe.folder
         self._stages = {stage.name for stage in recipe.stages[:-1] if stage.name}
-        self._by_path: dict[Path, Model] = {}
-        self._by_ref: dict[tuple[str, str | None, tuple[str, ...]], Model] = {}
+        self._by_path: dict[tuple[Path, bool], Model] = {}
+        self._by_ref: dict[tuple[str, str | None, bool], Model] = {}
         self._made: dict[str, Model] = {}
-        self._broken: set[str] = set()
+        self._broken: set[tuple[str, str | None, bool]] = set()
         self.refs: dict[str, ModelRef] = {}
         self.donors: dict[str, Model] = {}
         for stage in recipe.stages:
             for ref in listed(stage):
                 self._open(ref)
+        for stage in recipe.stages:
+            self._apply(stage)
 
     @property
     def models(self) -> list[Model]:
-        """The checkpoints, in the order of the recipe."""
+        """The checkpoints and adapters, in the order of the recipe."""
         return list(self._by_path.values())
 
     def _open(self, ref: ModelRef) -> None:
-        if ref.path in self._stages or ref.path in self._broken or self._key(ref) in self._by_ref:
+        if ref.path not in self._stages:
+            alone = replace(ref, adapters=(), weights=(), text=_text(ref))
+            self._open_one(alone, wants_adapter=False)
+        for adapter, _ in self._adapters(ref):
+            self._open_one(adapter, wants_adapter=True)
+
+    def _adapters(self, ref: ModelRef) -> Iterator[tuple[ModelRef, float]]:
+        """Yield the adapters of a reference, each as a reference of its own with its weight."""
+        for text, weight in ref.applied():
+            yield split_reference(text, self._folder, ref.mark), weight
+
+    def _open_one(self, ref: ModelRef, *, wants_adapter: bool) -> None:
+        key = ref.path, ref.revision, wants_adapter
+        if key in self._by_ref or key in self._broken:
             return
         try:
-            if ref.adapters:
-                raise PlanError(
-                    f"{ref.text!r} names an adapter, and adapters cannot be applied yet",
-                    where=str(ref.mark),
-                    hint="merge it into its base with peft's merge_and_unload first",
-                )
             path = locate(ref, self._folder)
-            real = path.resolve()
+            adapts = wants_adapter or is_adapter(path)
+            real = path.resolve(), adapts
             if real not in self._by_path:
-                key = f"input-{len(self._by_path) + 1}"
-                self._by_path[real] = from_checkpoint(key, open_checkpoint(path))
-                self.refs[key] = ref
-            self._by_ref[self._key(ref)] = self._by_path[real]
+                name = f"input-{len(self._by_path) + 1}"
+                self._by_path[real] = (
+                    from_adapter(name, open_adapter(path))
+                    if adapts
+                    else from_checkpoint(name, open_checkpoint(path))
+                )
+                self.refs[name] = ref
+            self._by_ref[key] = self._by_path[real]
         except MergeKitError as error:
-            self._broken.add(ref.path)
+            self._broken.add(key)
             self.errors.append(error)
 
-    @staticmethod
-    def _key(ref: ModelRef) -> tuple[str, str | None, tuple[str, ...]]:
-        return ref.path, ref.revision, ref.adapters
+    def _apply(self, stage: Stage) -> None:
+        """Apply adapters to models that are there already, to find everything that is wrong."""
+        base, merges = stage.base_model, find_method(stage.merge_method).makes == "model"
+        for ref in listed(stage):
+            if (ref.path, ref.revision, False) not in self._by_ref:
+                continue
+            try:
+                if ref.adapters:
+                    self.find(ref)
+                elif merges and base is not None and base.path not in self._stages:
+                    self.under(ref, base)
+            except MergeKitError as error:
+                if str(error) not in map(str, self.errors):
+                    self.errors.append(error)
 
     def add_stage(self, model: Model) -> None:
         """Make a stage's result known under its name."""
         self._made[model.key] = model
 
     def find(self, ref: ModelRef) -> Model:
-        """Return the model of a reference.
+        """Return the model of a reference, with its adapters applied; or an adapter alone.
 
         Raises:
-            PlanError: If a stage is referred to that could not be planned.
+            MergeKitError: If a stage is referred to that could not be planned, or an adapter does
+                not fit.
         """
-        if ref.path in self._made:
-            return self._made[ref.path]
-        found = self._by_ref.get(self._key(ref))
-        if found is None:
+        model = self._made.get(ref.path) or self._by_ref.get((ref.path, ref.revision, False))
+        if model is None:
             hint = nearest(ref.path, [*self._stages, *self._made])
             raise PlanError(f"no model {ref.text!r}", where=str(ref.mark), hint=hint)
+        if not ref.adapters:
+            return model
+        if model.adapter is not None:
+            raise PlanError(
+                f"{ref.text!r} begins with an adapter",
+                where=str(ref.mark),
+                hint=f"write MODEL+{ref.text}",
+            )
+        return apply_adapters(model, [(self._adapter(r), w) for r, w in self._adapters(ref)])
+
+    def _adapter(self, ref: ModelRef) -> Model:
+        found = self._by_ref.get((ref.path, ref.revision, True))
+        if found is None:
+            raise PlanError(f"no adapter {ref.text!r}", where=str(ref.mark))
         return found
+
+    def under(self, ref: ModelRef, base: ModelRef) -> Model:
+        """Return the model of a reference; of an adapter alone, the base with it applied."""
+        found = self.find(ref)
+        return found if found.adapter is None else apply_adapters(self.find(base), [(found, 1.0)])
 
     def as_values(self, base: Model | None) -> tuple[PlanInput, ...]:
         """Return the inputs as the plan shows them."""
+        if base is not None and base.overlay is not None:
+            base = base.overlay.under
         rows = []
         for model in self.models:
             checkpoint = model.checkpoint

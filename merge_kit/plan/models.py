@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Literal
 
 from merge_kit.architecture.config import read_config
 from merge_kit.architecture.stacks import (
@@ -18,6 +19,7 @@ from merge_kit.architecture.stacks import (
 from merge_kit.core.tensors import TensorSpec
 from merge_kit.io.adapter_values import Adapter
 from merge_kit.io.values import Checkpoint
+from merge_kit.plan.changes import Change
 from merge_kit.plan.sources import Source, Stored
 
 
@@ -45,6 +47,48 @@ class Part:
     config_text: str | None
 
 
+@dataclass(frozen=True, slots=True)
+class Ingredient:
+    """A tensor of a model or an adapter that a tensor of an overlay is made of, or leaves out.
+
+    Attributes:
+        what: What becomes of it where the overlay's tensor is used as it is.
+        why: Why it is dropped.
+    """
+
+    model: Model
+    tensor: str
+    what: Literal["merged", "copied", "dropped"]
+    why: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Changed:
+    """A tensor of an overlay as the tensor below it plus changes, where it is no more than that."""
+
+    under: Source
+    changes: tuple[Change, ...]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Overlay:
+    """What adapters make of a model; tensors that are not named here are those of the model.
+
+    Attributes:
+        under: The model.
+        adapters: Each with its weight.
+        made_of: For each tensor that adapters change, what it is made of.
+        changed: Those of them that are the model's own plus changes.
+        notes: What the user should know, one sentence each.
+    """
+
+    under: Model
+    adapters: tuple[tuple[Model, float], ...]
+    made_of: Mapping[str, tuple[Ingredient, ...]]
+    changed: Mapping[str, Changed]
+    notes: tuple[str, ...] = ()
+
+
 @dataclass(frozen=True, eq=False)
 class Model:
     """A model by its tensors.
@@ -55,6 +99,9 @@ class Model:
         tensors: By name, with the component's folder in front ("unet/conv.weight").
         checkpoint: Where it lies; None for the result of a stage.
         adapter: What it changes, if it is an adapter; its tensors are those of its file.
+        overlay: What it is made of, if it is a model with adapters applied: it has the key and the
+            checkpoint of that model.
+        overlays: Models with this one below, by adapters and weights; see `plan.applied`.
     """
 
     key: str
@@ -63,6 +110,8 @@ class Model:
     tensors: Mapping[str, Held]
     checkpoint: Checkpoint | None = None
     adapter: Adapter | None = None
+    overlay: Overlay | None = None
+    overlays: dict[tuple[tuple[Model, float], ...], Model] = field(default_factory=dict, repr=False)
     _by_layer: dict[str, dict[int, dict[str, str]]] = field(default_factory=dict, repr=False)
     _extras: dict[str, frozenset[str]] = field(default_factory=dict, repr=False)
     _lacks: dict[str, frozenset[str]] = field(default_factory=dict, repr=False)

@@ -50,7 +50,7 @@ def lends_files(donor: Model, inputs: Inputs) -> Model:
     """Return the checkpoint whose files a stage's result carries."""
     while donor.checkpoint is None:
         donor = inputs.donors[donor.key]
-    return donor
+    return donor if donor.overlay is None else donor.overlay.under
 
 
 def _config_name(part: Part) -> str:

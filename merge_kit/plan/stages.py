@@ -135,7 +135,7 @@ def _rules(maker: Assembler, result: Assembly) -> None:
         )
         return
     result.items = _of_donor(maker, list(maker.donor.tensors), "no rule matches")
-    models = [maker.donor, *(maker.inputs.find(ref) for ref in listed(stage))]
+    models = [maker.donor, *(maker.find(ref, stage.base_model) for ref in listed(stage))]
     names = dict.fromkeys(name for model in models for name in model.tensors)
     for name in names:
         rule = maker.rules.of(name) if name not in maker.made else None

@@ -1,0 +1,136 @@
+"""Adapters on a head that is its embedding: followed by both, or parted from one another."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+from merge_kit.architecture.ties import embedding_for, head_name, is_tied
+from merge_kit.core.tensors import TensorSpec
+from merge_kit.errors import MismatchError
+from merge_kit.io.adapter_values import Saved, TokenRows
+from merge_kit.plan.fitting import What
+from merge_kit.plan.models import Model, full_name
+
+_WITH_HEAD = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+_WITHOUT_HEAD = ("Model", "ForSequenceClassification", "ForTokenClassification", "Encoder")
+_HEAD = "lm_head.weight"
+
+ByTensor = dict[str, dict[Model, list[What]]]
+"""For each tensor what each adapter does to it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ties:
+    """The embedding of a model that stands for its head too.
+
+    Attributes:
+        embedding: Its name, "" if no head is tied to one.
+        head: Name of the head, which the model need not store.
+        heads: The head with its spec, where the model does not store it.
+        problem: Why the two cannot be parted, "" if they can.
+    """
+
+    embedding: str = ""
+    head: str = ""
+    heads: Mapping[str, TensorSpec] = field(default_factory=dict)
+    problem: str = ""
+
+
+def ties_of(model: Model) -> Ties:
+    """Return the tie of a model's head, as far as config.json and names tell."""
+    config, names = model.config or {}, model.tensors
+    classes = config.get("architectures")
+    first = str(classes[0]) if isinstance(classes, list) and classes else ""
+    if is_tied(model.config) is not True or first.endswith(_WITHOUT_HEAD):
+        return Ties()
+    head = head_name(names)
+    embedding = embedding_for(head or _HEAD, model.specs)
+    if embedding is None or names[embedding].component != model.main.path:
+        return Ties()
+    problem = ""
+    if config.get("is_encoder_decoder") is True or embedding.endswith("shared.weight"):
+        problem = "an encoder and a decoder share it"
+    elif head is None and not first.endswith(_WITH_HEAD):
+        problem = "config.json names no class whose head is known"
+    if head is not None:
+        return Ties(embedding, head, {}, problem)
+    spec = replace(names[embedding].spec, name=_head_beside(names[embedding].spec.name))
+    head = full_name(names[embedding].component, spec.name)
+    return Ties(embedding, head, {head: spec}, problem)
+
+
+def _head_beside(embedding: str) -> str:
+    """Return the name of the head that belongs to an embedding."""
+    inner = "language_model."
+    return inner + _HEAD if embedding.startswith(f"{inner}model.") else _HEAD
+
+
+def part_ties(ties: Ties, touched: ByTensor) -> bool:
+    """Give head and embedding what each is changed by; return whether they now differ.
+
+    Rows of tokens, and the weight that lies below an update, are those of both. An update changes
+    one side alone, as it did in training, unless the adapter says `ensure_weight_tying`.
+
+    Raises:
+        MismatchError: If they differ and cannot be parted.
+    """
+    if not ties.embedding:
+        return False
+    below, above = touched.get(ties.embedding, {}), touched.get(ties.head, {})
+    if not below and not above:
+        return False
+    alike = not above and all(
+        _is_shared(what, adapter) for adapter, whats in below.items() for what in whats
+    )
+    if not alike:
+        _check(ties, below or above, named=bool(above))
+    followed = {model: [w for w in ws if _is_shared(w, model)] for model, ws in below.items()}
+    leading = {model: [w for w in ws if _is_below(w)] for model, ws in above.items()}
+    if not alike or not ties.heads:
+        touched[ties.head] = _joined(above, followed)
+    if below or any(leading.values()):
+        touched[ties.embedding] = _joined(below, leading)
+    return not alike
+
+
+def _check(ties: Ties, sides: Mapping[Model, list[What]], *, named: bool) -> None:
+    unknown = ties.problem.startswith("config.json")
+    if not ties.problem or (unknown and named):
+        return
+    adapter = next(iter(sides))
+    raise MismatchError(
+        f"changes {ties.embedding} or the head that is tied to it, and the two cannot be parted: "
+        f"{ties.problem}",
+        where=adapter.label,
+        hint="leave the embedding out of target_modules and modules_to_save, or train rows of it "
+        "with trainable_token_indices",
+    )
+
+
+def _is_below(what: What) -> bool:
+    return isinstance(what, Saved) and what.why == "base_layer"
+
+
+def _is_shared(what: What, adapter: Model) -> bool:
+    """Return whether what an adapter does to an embedding happens to the head as well."""
+    assert adapter.adapter is not None
+    if adapter.adapter.config.get("ensure_weight_tying") is True:
+        return True
+    return isinstance(what, TokenRows) or _is_below(what)
+
+
+def _joined(
+    own: Mapping[Model, list[What]], more: Mapping[Model, list[What]]
+) -> dict[Model, list[What]]:
+    """Return what adapters do to a tensor, with what they do by way of the other one of the pair.
+
+    A kind of thing that an adapter does to the tensor itself is not done twice.
+    """
+    joined = {model: list(whats) for model, whats in own.items()}
+    for model, whats in more.items():
+        kinds = {type(what) for what in own.get(model, ())}
+        added = [what for what in whats if type(what) not in kinds]
+        if added:
+            joined[model] = [*added, *joined.get(model, [])]
+    return joined
