@@ -40,8 +40,13 @@ def function(name: str) -> str:
 
 
 def document() -> str:
-    """Return the whole text, of the methods that are in this package."""
-    own = [n for n in registry.names() if registry.find(n).__module__.startswith("merge_kit.")]
+    """Return the whole text, of the methods of this package that make models."""
+    own = [
+        name
+        for name in registry.names()
+        if registry.find(name).makes == "model"
+        and registry.find(name).__module__.startswith("merge_kit.")
+    ]
     exported = "".join(f'    "{name}",\n' for name in own)
     return START + exported + "]\n\n" + "\n".join(map(function, own)) + "\n"
 

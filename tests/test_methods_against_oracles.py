@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 import torch
 
-from merge_kit.methods.registry import find, names
+from merge_kit.methods.registry import find
 from tests.oracles.case import recipe
 from tests.oracles.inputs import made
 from tests.oracles.matrix_cases import EVIDENCE, SPECTRAL
 from tests.oracles.plain_cases import PLAIN
 from tests.oracles.pruning_cases import PRUNING
 from tests.toys import merge
+from tests.variants import MODEL_METHODS
 
 UNIT = 2.0**-22
 """Law 4's measure."""
@@ -70,6 +71,6 @@ def test_a_merge_is_what_the_equation_says(inputs, name, number, dtype):
     assert faults(CASES[name], inputs(number, dtype), dtype) == {}
 
 
-@pytest.mark.parametrize("method", names())
+@pytest.mark.parametrize("method", MODEL_METHODS)
 def test_every_method_has_an_oracle(method):
     assert any(case.method == method for case in CASES.values())

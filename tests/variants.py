@@ -8,6 +8,10 @@ from dataclasses import dataclass, field
 from merge_kit.methods.base import MergeMethod, PerModel
 from merge_kit.methods.registry import find, names, parameters
 
+MODEL_METHODS = tuple(name for name in names() if find(name).makes == "model")
+ADAPTER_METHODS = tuple(name for name in names() if find(name).makes == "adapter")
+"""They have laws of their own, in tests/methods/test_lora_*.py."""
+
 NEUTRAL = {"weight": 1.0, "t": 0.3, "statistics": "statistics.safetensors"}
 """Values of required parameters: alone, a model with weight 1 is itself."""
 
@@ -69,7 +73,7 @@ def _variants() -> list[Variant]:
     some, half = {"density": 0.3}, {"density": 0.5, "epsilon": 0.1}
     pruned = ("single",)
     return [
-        *(Variant(name) for name in names()),
+        *(Variant(name) for name in MODEL_METHODS),
         Variant("breadcrumbs", {**some, "gamma": 0.1}, pruned),
         Variant("breadcrumbs", {**some, "rescale": True, "normalize": True}, pruned),
         Variant("breadcrumbs", {**some, "gamma": 0.1, "variant": "paper"}, pruned),

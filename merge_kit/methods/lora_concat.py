@@ -27,9 +27,8 @@ class LoraConcat(AdapterMethod):
 
     Scope: each module by itself. Vote: none. Normalisation: none.
 
-    Differences: peft's combination "cat" does the same and writes the weights into a, with the
-    largest rank of the config for modules of a rank of their own. Its rsLoRA adapters come out with
-    the scale of rsLoRA on top.
+    Differences: peft's combination "cat" multiplies a by weights and scales, fills modules of
+    smaller rank with zeros up to one rank, and leaves use_rslora on, whose scale then comes on top.
 
     Attributes:
         saved: What becomes of tensors that adapters hold whole, where these differ: error, mean, or

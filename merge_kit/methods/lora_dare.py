@@ -28,9 +28,9 @@ class LoraDare(Compressing):
     Scope: each element by itself. Vote: none, or with ties by weight and size. Normalisation: by
     the sum of the weights, with ties of those that agree; off.
 
-    Differences: peft's combinations "dare_linear_svd" and "dare_ties_svd" do the same with noise
-    of torch's generator. Its "dare_linear" and "dare_ties" prune the a and the b by themselves,
-    which changes the expected value of their product.
+    Differences: peft's combination "dare_linear_svd" does the same with noise of torch's generator;
+    its "dare_ties_svd" votes without weights, and divides by the number of those that agree. Its
+    "dare_linear" and "dare_ties" prune the a and the b by themselves, and add these up.
 
     Attributes:
         saved: What becomes of tensors that adapters hold whole, where these differ: error, mean, or

@@ -42,8 +42,8 @@ class LoraLinear(AdapterMethod):
 
     Differences: peft's combination "linear" adds factors instead of changes: a = sum(sign(c_i)
     sqrt(|c_i|) a_i) and b = sum(sqrt(|c_i|) b_i), with c_i = w_i s_i. Their product has all cross
-    terms b_i a_j, which nobody trained, and often more of them than of the sum. `variant: peft`
-    does that, for adapters of equal rank.
+    terms b_i a_j, which nobody trained; they are often longer than the sum itself.
+    `variant: peft` does that, for adapters of equal rank.
 
     Attributes:
         saved: What becomes of tensors that adapters hold whole, where these differ: error, mean, or

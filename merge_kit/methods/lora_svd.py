@@ -31,7 +31,8 @@ class LoraSvd(Truncating):
 
     Scope: each module by itself. Vote: none. Normalisation: none.
 
-    Differences: peft's combination "svd" forms the change and has no energy.
+    Differences: peft's combination "svd" forms the change, leaves the singular values to b alone,
+    and has no energy.
 
     Attributes:
         saved: What becomes of tensors that adapters hold whole, where these differ: error, mean, or

@@ -7,9 +7,10 @@ import torch
 from safetensors.torch import load_file
 
 import merge_kit as mk
-from merge_kit.methods.registry import find, names, parameters
+from merge_kit.methods.registry import find, parameters
 from tests.api.conftest import assert_same
 from tests.toys import write
+from tests.variants import MODEL_METHODS
 
 SHAPES = {
     "model.layers.0.w": (33, 40),
@@ -42,7 +43,7 @@ def statistics(of: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Ten
     return {name: tensor.T @ tensor for name, tensor in matrices.items()}
 
 
-@pytest.mark.parametrize("name", names())
+@pytest.mark.parametrize("name", MODEL_METHODS)
 def test_files_and_tensors_in_memory_give_the_same_bytes(models, tmp_path, name):
     kind = find(name)
     chosen = ["code", "math", "law"][: kind.max_inputs or 3]

@@ -7,8 +7,9 @@ from safetensors.torch import load_file
 
 import merge_kit as mk
 from merge_kit.core.tensors import BLOCK
-from merge_kit.methods.registry import find, names, parameters
+from merge_kit.methods.registry import find, parameters
 from tests.toys import write
+from tests.variants import MODEL_METHODS
 
 REQUIRED = {"weight": 0.6, "t": 0.3}
 ROWS = {"flatten": False}
@@ -35,7 +36,7 @@ def drawn(count: int, shape, dtype=torch.float32) -> list[torch.Tensor]:
     return [torch.randn(shape, generator=draw).to(dtype) for _ in range(count)]
 
 
-@pytest.mark.parametrize(("name", "more"), [*((n, {}) for n in names()), ("slerp", ROWS)])
+@pytest.mark.parametrize(("name", "more"), [*((n, {}) for n in MODEL_METHODS), ("slerp", ROWS)])
 @pytest.mark.parametrize(
     ("shape", "dtype"),
     [((3, BLOCK + 13), torch.float32), ((7, 5), torch.bfloat16), ((9,), torch.float64)],
@@ -68,7 +69,7 @@ def test_tensors_and_files_give_the_same_bits(tmp_path, name, more, shape, dtype
     assert torch.equal(merged, wanted)
 
 
-@pytest.mark.parametrize("name", names())
+@pytest.mark.parametrize("name", MODEL_METHODS)
 @pytest.mark.parametrize("shape", [(), (1,), (0,), (0, 3), (2, 3, 4)])
 def test_every_shape_is_merged(name, shape):
     kind = find(name)
