@@ -13,8 +13,8 @@ from merge_kit.errors import CheckpointError
 
 MAX_STEPS = 2_000
 """Parts of one pattern; those in a repetition `{9}` count nine times."""
-MAX_STATES = 500_000
-"""Of all patterns together."""
+MAX_COST = 600_000
+"""Of all patterns together: letters of names, and three times the parts of expressions."""
 
 _PLAIN = re.compile(r"[\w./-]*", re.ASCII)
 _REFUSED = {
@@ -43,9 +43,14 @@ _NOWHERE: list[int] = []
 
 
 class States:
-    """Numbered states, each with a letter to read, or with states reached without reading."""
+    """Numbered states, each with a letter to read, or with states reached without reading.
+
+    Attributes:
+        cost: What it took to make them.
+    """
 
     def __init__(self) -> None:
+        self.cost = 0
         self._states: list[_State] = []
 
     def __len__(self) -> int:
@@ -97,14 +102,20 @@ def compile_pattern(states: States, pattern: str, number: int, *, where: str) ->
     Raises:
         CheckpointError: If it is not valid or more than an automaton can do.
     """
-    if len(states) > MAX_STATES:
-        problem = f"the patterns have more than {MAX_STATES} letters together"
-        raise CheckpointError(problem, where=where, hint="write fewer or shorter patterns")
     last = states.ends(number)
+    states.cost += len(pattern)
     if _PLAIN.fullmatch(pattern):  # nearly all; parsing takes longer
         for letter in pattern:
             last = states.reads(None if letter == "." else letter, last)
-        return last
+    else:
+        last = _expression(states, pattern, last, where)
+    if states.cost > MAX_COST:
+        problem = f"the patterns cost more than {MAX_COST} steps together"
+        raise CheckpointError(problem, where=where, hint="write fewer or shorter patterns")
+    return last
+
+
+def _expression(states: States, pattern: str, last: int, where: str) -> int:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of sets that will mean something else one day
@@ -149,6 +160,7 @@ class _Builder:
     def _count(self) -> None:
         """Count a part; a repetition of nothing adds no state and takes its time all the same."""
         self._steps += 1
+        self._states.cost += 3
         if self._steps > MAX_STEPS:
             raise _Refused(f"more than {MAX_STEPS} steps")
 

@@ -16,7 +16,7 @@ from merge_kit.errors import CheckpointError
 
 MAX_PATTERNS = 20_000
 MAX_LETTERS = 1_000
-MAX_WORK = 15_000_000
+MAX_WORK = 10_000_000
 """Letters walked and states visited; less than a second."""
 
 
