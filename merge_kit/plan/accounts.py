@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from merge_kit.core.names import glob_matches
 from merge_kit.plan.assemble import Assembly
-from merge_kit.plan.models import Model
+from merge_kit.plan.models import Ingredient, Model, Overlay
 from merge_kit.plan.steps import Made
 from merge_kit.plan.values import Fate
 
@@ -23,6 +23,7 @@ class _Uses:
         self.merged: set[tuple[Model, str]] = set()
         self.copied: set[tuple[Model, str]] = set()
         self.passed_over: set[tuple[Model, str]] = set()
+        self.left: dict[tuple[Model, str], str] = {}
         for one in stages[-1][1]:
             self._follow(one, merged=False)
 
@@ -32,31 +33,70 @@ class _Uses:
             return
         self._seen.add((id(one), merged))
         for part in one.item.parts:
-            tensor = part.model, part.name
-            if part not in one.takes:
-                self.passed_over.add(tensor)
-            elif tensor in self._made:
-                self._follow(self._made[tensor], merged=merged)
+            if part in one.takes:
+                self._take(part.model, part.name, merged=merged)
             else:
-                (self.merged if merged else self.copied).add(tensor)
+                self._pass_over(part.model, part.name)
+
+    def _take(self, model: Model, name: str, *, merged: bool) -> None:
+        """Note that a tensor of a model is used, or that of which a stage or adapters make it."""
+        if model.overlay is not None:
+            for used in ingredients(model.overlay, name):
+                if used.what == "dropped":
+                    self.left.setdefault((used.model, used.tensor), used.why)
+                else:
+                    self._take(used.model, used.tensor, merged=merged or used.what == "merged")
+        elif (model, name) in self._made:
+            self._follow(self._made[model, name], merged=merged)
+        else:
+            (self.merged if merged else self.copied).add((model, name))
+
+    def _pass_over(self, model: Model, name: str) -> None:
+        if model.overlay is None:
+            self.passed_over.add((model, name))
+            return
+        for used in ingredients(model.overlay, name):
+            self.passed_over.add((used.model, used.tensor))
 
 
 def fates(models: Sequence[Model], stages: Stages) -> list[Fate]:
     """Return one fate for each tensor of each input, in file order."""
-    uses, rows = _Uses(stages), []
+    uses, rows, changed = _Uses(stages), [], _changed_by(stages)
     for model in models:
+        idle = model.adapter.dropped if model.adapter is not None else {}
         for name in model.tensors:
             tensor = model, name
             if tensor in uses.merged:
                 rows.append(Fate(model.key, name, "merged"))
             elif tensor in uses.copied:
                 rows.append(Fate(model.key, name, "copied"))
+            elif tensor in uses.left or name in idle:
+                rows.append(Fate(model.key, name, "dropped", uses.left.get(tensor) or idle[name]))
             elif tensor in uses.passed_over:
                 why = f"on_conflict: {stages[-1][0].stage.on_conflict}"
                 rows.append(Fate(model.key, name, "dropped", why))
             else:
-                rows.append(Fate(model.key, name, "dropped", _why(name, stages)))
+                why = _why(changed.get(tensor, name), stages)
+                rows.append(Fate(model.key, name, "dropped", why))
     return rows
+
+
+def ingredients(overlay: Overlay, name: str) -> Sequence[Ingredient]:
+    """Return what a tensor of a model with adapters is made of."""
+    return overlay.made_of.get(name) or (Ingredient(overlay.under, name, "copied"),)
+
+
+def _changed_by(stages: Stages) -> dict[tuple[Model, str], str]:
+    """Return a tensor of a model for each tensor of an adapter that changes it."""
+    models = {part.model for _, made, _ in stages for one in made for part in one.item.parts}
+    overlays = [model.overlay for model in models if model.overlay is not None]
+    return {
+        (used.model, used.tensor): name
+        for overlay in overlays
+        for name, parts in overlay.made_of.items()
+        for used in parts
+        if used.model is not overlay.under
+    }
 
 
 def _why(name: str, stages: Stages) -> str:

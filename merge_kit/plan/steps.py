@@ -14,6 +14,7 @@ from merge_kit.methods.base import MergeMethod, PerModel
 from merge_kit.methods.linear import Linear
 from merge_kit.methods.passthrough import Passthrough
 from merge_kit.methods.registry import parameters
+from merge_kit.plan.applied import change_from
 from merge_kit.plan.evaluate import Evaluator
 from merge_kit.plan.evidence import Aux, Evidence
 from merge_kit.plan.items import Item, Part
@@ -112,11 +113,13 @@ class StepMaker:
         wide = "F64" in (out, *kinds) or len(sources) > FLOAT64_MODELS or _is_extreme(method)
         spec = TensorSpec(_held(item.parts[0]).spec.name, out, shape)
         spec = replace(spec, name=_file_name(item))
+        given, deltas = _inputs(method, base, inputs)
         step = Step(
             action="merge",
             outputs=(Target(item.name, spec, -1, 0),),
-            inputs=tuple(_source(part) for part in inputs),
+            inputs=given,
             models=tuple(part.model.label for part in inputs),
+            deltas=deltas if any(deltas) else (),
             method=method,
             base=None if base is None else _source(base),
             weights=tuple(getattr(method, "weight", ()) or (1.0,) * len(inputs)),
@@ -132,8 +135,8 @@ class StepMaker:
 
     def _copied(self, item: Item, part: Part) -> Made:
         """Return a copy whatever dtype the stage names; what is still in float32 takes it."""
-        in_flight = _source(part).dtype != _held(part).spec.dtype
-        return self._passed(item, part) if in_flight else self._copy(item, part, ())
+        in_flight = _source(part).dtype != _held(part).spec.dtype and part.model.overlay is None
+        return self._passed(item, part) if in_flight else self._as_it_is(item, part)
 
     def _passed(self, item: Item, part: Part) -> Made:
         """Return a copy, or a conversion where the stage names another dtype."""
@@ -141,10 +144,21 @@ class StepMaker:
         named = self.stage.out_dtype or self.stage.dtype
         as_it_is = named == source.dtype == held.spec.dtype
         if named is None or as_it_is or not is_float(held.spec.dtype):
-            return self._copy(item, part, ())
-        spec = replace(held.spec, name=_file_name(item), dtype=named)
+            return self._as_it_is(item, part)
+        return self._converted(item, part, named)
+
+    def _as_it_is(self, item: Item, part: Part) -> Made:
+        """Return a copy, or a conversion of what an adapter holds whole in another dtype."""
+        held, source = _held(part), _source(part)
+        if isinstance(source, Stored) and source.dtype != held.spec.dtype:
+            return self._converted(item, part, held.spec.dtype)
+        return self._copy(item, part, ())
+
+    def _converted(self, item: Item, part: Part, dtype: str) -> Made:
+        held, source = _held(part), _source(part)
+        spec = replace(held.spec, name=_file_name(item), dtype=dtype)
         step = _through(self._copy_step(item, part, spec), source)
-        merged = Merged(step, named, spec.shape)
+        merged = Merged(step, dtype, spec.shape)
         return Made(item, Held(item.component, spec, merged), step, "merged", (part,))
 
     def _agreeing(self, item: Item, dtypes: list[str]) -> Made:
@@ -168,7 +182,9 @@ class StepMaker:
         )
         if not isinstance(source, Stored):
             step = _through(step, source)
-        return Made(item, Held(item.component, spec, source), step, "copied", (part, *others))
+        changed = part.model.overlay is not None and step.action == "merge"
+        fate: Literal["merged", "copied"] = "merged" if changed else "copied"
+        return Made(item, Held(item.component, spec, source), step, fate, (part, *others))
 
     def _copy_step(self, item: Item, part: Part, spec: TensorSpec) -> Step:
         return Step(
@@ -189,6 +205,20 @@ def _is_extreme(method: MergeMethod) -> bool:
             if isinstance(value, float) and value and not 1e-15 <= abs(value) <= 1e15:
                 return True
     return False
+
+
+def _inputs(
+    method: MergeMethod, base: Part | None, inputs: Sequence[Part]
+) -> tuple[tuple[Source, ...], tuple[bool, ...]]:
+    """Return the inputs, as differences from the base where adapters make them of it."""
+    sources, deltas = [], []
+    for part in inputs:
+        change = None
+        if base is not None and method.operates_on == "deltas":
+            change = change_from(part.model, part.name, base.model, base.name)
+        sources.append(_source(part) if change is None else change)
+        deltas.append(change is not None)
+    return tuple(sources), tuple(deltas)
 
 
 def _through(step: Step, source: Source) -> Step:
