@@ -36,6 +36,7 @@ def adapter_config_text(  # noqa: PLR0913  (every one has a name)
     base: str = "",
     revision: str = "",
     targets: Sequence[str] | None = None,
+    parameters: Sequence[str] | None = None,
     saved_modules: Sequence[str] = (),
     tokens: Mapping[str, Sequence[int]] | None = None,
     bias: Bias = "none",
@@ -53,6 +54,7 @@ def adapter_config_text(  # noqa: PLR0913  (every one has a name)
         revision: The base's revision; "" keeps the template's.
         targets: Ends of names that choose the modules, and no others of the base; where that is not
             known, or not all modules are among them, they are chosen by their full names.
+        parameters: Such ends of the names of experts' parameters.
         saved_modules: modules_to_save.
         tokens: Rows of embeddings that are kept whole, by the embedding's path.
         bias: Which biases of the base the adapter holds whole.
@@ -61,7 +63,7 @@ def adapter_config_text(  # noqa: PLR0913  (every one has a name)
     Raises:
         CheckpointError: If the template is no JSON object.
     """
-    values = _values(modules, targets)
+    values = _values(modules, targets, parameters)
     values |= {
         "bias": bias,
         "fan_in_fan_out": transposed,
@@ -78,9 +80,12 @@ def adapter_config_text(  # noqa: PLR0913  (every one has a name)
     return _patched(template, values)
 
 
-def _values(modules: Sequence[OutModule], targets: Sequence[str] | None) -> dict[str, Any]:
+def _values(
+    modules: Sequence[OutModule], targets: Sequence[str] | None, parameters: Sequence[str] | None
+) -> dict[str, Any]:
     """Return the keys that say what the modules are."""
     experts = [one for one in modules if one.kind == "experts"]
+    named = [one.module for one in experts]
     alphas = {one.module: _alpha(one) for one in modules}
     # peft warns of patterns for experts, which it does not count as modules
     rank = _most_common([one.rank for one in experts or modules], 1)
@@ -95,7 +100,8 @@ def _values(modules: Sequence[OutModule], targets: Sequence[str] | None) -> dict
         "lora_bias": any(one.bias for one in modules),
         "init_lora_weights": True,
         "target_modules": _targets(modules, targets),
-        "target_parameters": [one.module for one in experts] or None,
+        "target_parameters": (list(parameters or ()) if _choose(named, parameters) else named)
+        or None,
         "loftq_config": {},
     }
     values |= dict.fromkeys((*_RESET, *_INITS))
@@ -124,11 +130,16 @@ def _targets(modules: Sequence[OutModule], targets: Sequence[str] | None) -> lis
     names = [one.module for one in modules if one.kind != "experts"]
     if not names:
         return [] if modules else NOTHING
-    if targets is not None and all(_is_among(name, targets) for name in names):
-        return list(targets)
+    if _choose(names, targets):
+        return list(targets or ())
     if min(name.count(".") for name in names) < _SAFE_DOTS:
         return "|".join(re.escape(name) for name in names)
     return names
+
+
+def _choose(names: Sequence[str], ends: Sequence[str] | None) -> bool:
+    """Return whether ends of names choose all of them."""
+    return bool(names and ends) and all(_is_among(name, ends or ()) for name in names)
 
 
 def _is_among(name: str, targets: Sequence[str]) -> bool:

@@ -2,36 +2,33 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
-from typing import Any
 
 from merge_kit.architecture.quantised import quantisation_problem
-from merge_kit.core.dtypes import is_float
 from merge_kit.errors import MergeKitError, MismatchError
 from merge_kit.io.side_files import OF_COURSE
-from merge_kit.io.values import WeightFile
-from merge_kit.plan import cost
 from merge_kit.plan.accounts import fates
+from merge_kit.plan.adapter_made import AdapterPlan
 from merge_kit.plan.assemble import Assembly
 from merge_kit.plan.chains import Chains
 from merge_kit.plan.configs import result_parts
 from merge_kit.plan.evidence import Evidence
 from merge_kit.plan.findings import Findings
+from merge_kit.plan.finishing import Draft, Limits, finish, package_version
 from merge_kit.plan.inputs import Inputs
-from merge_kit.plan.layout import place
+from merge_kit.plan.layout import place, place_steps
+from merge_kit.plan.making import makes_adapters, misplaced, plan_adapters
 from merge_kit.plan.models import Model
 from merge_kit.plan.side_files import lends_files, side_files
-from merge_kit.plan.spilling import with_spills
 from merge_kit.plan.stages import assemble
 from merge_kit.plan.steps import Made, StepMaker
-from merge_kit.plan.values import Plan, Step
+from merge_kit.plan.values import Fitted, Plan, Step
+from merge_kit.plan.walk import merged_sources
 from merge_kit.plan.whole_model import differing, model_scans
 from merge_kit.recipe.values import Recipe, Stage
+
+__all__ = ["build_plan", "package_version"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +73,17 @@ class _Planner:
             self.inputs.add_stage(model)
         return _Planned(number, assembly, made, model)
 
+    def adapters(self, stage: Stage, fitted: Sequence[Fitted] | None) -> AdapterPlan:
+        """Plan the output's stage, which makes adapters."""
+        number = len(self.recipe.stages) - 1
+        made = plan_adapters(
+            stage, self.inputs, self.findings, seed=self.recipe.seed, number=number, fitted=fitted
+        )
+        for sentence in made.notes:
+            self.findings.note(sentence)
+        self.findings.raise_any()
+        return made
+
     def _refuse_quantised(self, assembly: Assembly, made: Sequence[Made]) -> None:
         merged = {part.model for m in made if m.fate == "merged" for part in m.item.parts}
         mixed = {p.model for m in made if m.step.agree for p in m.item.parts}
@@ -101,6 +109,7 @@ def build_plan(
     threads: int | None = None,
     memory_bytes: int | None = None,
     slab_blocks: int | None = None,
+    fitted: Sequence[Fitted] | None = None,
 ) -> Plan:
     """Return everything that a run of this recipe does, from headers and config files alone.
 
@@ -108,32 +117,33 @@ def build_plan(
         threads: Workers; one for each processor by default.
         memory_bytes: Most resident memory of the whole process.
         slab_blocks: Blocks of a slab instead of what fits the cache; it changes no output byte.
+        fitted: What a look at the weights found, for a plan that had `fits`; the one that is
+            returned then has none, and the ranks that were found.
 
     Raises:
         MergeKitError: Whatever can be refused before weights are read, all of it in one list.
     """
     inputs = Inputs(recipe)
     planner = _Planner(recipe, inputs, Evidence(recipe.folder))
-    for error in inputs.errors:
+    for error in (*inputs.errors, *misplaced(recipe)):
         planner.findings.problem(error)
     planner.findings.raise_any()
     for note in recipe.notes:
         planner.findings.note(note)
-    planned = [planner.stage(i, stage) for i, stage in enumerate(recipe.stages)]
-    return _finish(planner, planned, threads, memory_bytes, slab_blocks)
+    limits = Limits(threads, memory_bytes, slab_blocks)
+    *feeding, output = recipe.stages
+    planned = [planner.stage(i, stage) for i, stage in enumerate(feeding)]
+    if makes_adapters(output):
+        made = planner.adapters(output, fitted)
+        return finish(_adapter_draft(planner, planned, made), recipe, limits)
+    planned.append(planner.stage(len(feeding), output))
+    return finish(_model_draft(planner, planned), recipe, limits)
 
 
-def _finish(
-    planner: _Planner,
-    planned: list[_Planned],
-    threads: int | None,
-    memory_bytes: int | None,
-    slab_blocks: int | None,
-) -> Plan:
+def _model_draft(planner: _Planner, planned: list[_Planned]) -> Draft:
     recipe, inputs, findings, last = planner.recipe, planner.inputs, planner.findings, planned[-1]
     assembly = last.assembly
     steps, shards, indexes = place(last.model.parts, last.made, recipe.shard_size_bytes)
-    workers = cost.worker_count(threads)
     donor = lends_files(assembly.donor, inputs)
     files = side_files(assembly.stage, donor, last.model.parts, inputs, findings)
     _notes(planner, donor, last)
@@ -142,45 +152,71 @@ def _finish(
     for note in planner.evidence.notes():
         findings.note(note)
     findings.raise_any()
-    feeding = [m.step for p in planned[:-1] for m in p.made if model_scans(m.step)]
-    rows = fates(inputs.models, [(p.assembly, p.made, p.model) for p in planned])
-    spilled = [with_spills(step) for step in (*steps, *feeding)]
-    blocks = [slab_blocks] if slab_blocks is not None else None
-    every, peak = cost.fit(spilled, workers, len(rows) + len(steps), memory_bytes, blocks)
-    sized, more = every[: len(steps)], every[len(steps) :]
-    values, statistics = inputs.as_values(assembly.base), planner.evidence.as_values()
     config = last.model.config or {}
     stack = last.model.described
-    return Plan(
+    return Draft(
         method=assembly.stage.merge_method,
-        steps=sized,
-        shards=tuple(shards),
-        side_files=tuple(sorted([*files, *indexes], key=lambda f: f.name)),
-        inputs=values,
-        fates=tuple(rows),
-        layer_map=tuple(assembly.origins),
+        steps=steps,
+        shards=shards,
+        side_files=[*files, *indexes],
+        inputs=inputs.as_values(assembly.base),
+        fates=fates(inputs.models, [(p.assembly, p.made, p.model) for p in planned]),
+        notes=findings.notes,
+        feeding=_whole_model(planned[:-1]),
+        agreeing=_agreeing(planned[:-1]),
+        statistics=planner.evidence.as_values(),
+        group=last.number,
         architecture=str(config.get("model_type", "")),
         layers=stack.count if stack is not None else None,
-        parameters=sum(t.spec.numel for s in sized for t in s.outputs),
-        dtypes=_dtypes(sized),
-        bill=cost.bill(sized, workers, peak, more, len(rows) + len(steps)),
-        notes=findings.notes,
-        identity=_identity(recipe, (*values, *statistics), sized),
-        seed=recipe.seed,
-        agreeing=tuple(m.step for p in planned[:-1] for m in p.made if m.step.agree),
-        whole_model=(*more, *(s for s in sized if s.group == last.number and model_scans(s))),
-        statistics=statistics,
+        layer_map=tuple(assembly.origins),
     )
+
+
+def _adapter_draft(planner: _Planner, planned: list[_Planned], made: AdapterPlan) -> Draft:
+    recipe, inputs, findings = planner.recipe, planner.inputs, planner.findings
+    steps, shards, indexes = place_steps(made.parts, made.steps, recipe.shard_size_bytes)
+    _note_warnings(planner)
+    for one in planned:
+        _note_added_base(findings, one)
+    for note in planner.evidence.notes():
+        findings.note(note)
+    output = recipe.stages[-1]
+    base = inputs.find(output.base_model) if output.base_model is not None else None
+    number = len(recipe.stages) - 1
+    inner = {id(m.step): m.step for step in steps for m in merged_sources(step)}
+    own = [step for step in inner.values() if model_scans(step) and step.group == number]
+    return Draft(
+        method=output.merge_method,
+        steps=steps,
+        shards=shards,
+        side_files=[*made.files, *indexes],
+        inputs=inputs.as_values(base),
+        fates=made.fates,
+        notes=findings.notes,
+        feeding=[*_whole_model(planned), *own],
+        agreeing=_agreeing(planned),
+        statistics=planner.evidence.as_values(),
+        group=number,
+        fits=frozenset(step.outputs[0].key for step in made.fits),
+        ranks=made.ranks,
+    )
+
+
+def _whole_model(planned: Sequence[_Planned]) -> list[Step]:
+    """Return the steps of feeding stages that are scanned for statistics of the whole model."""
+    return [m.step for p in planned for m in p.made if model_scans(m.step)]
+
+
+def _agreeing(planned: Sequence[_Planned]) -> tuple[Step, ...]:
+    """Return the copies of feeding stages whose inputs must be equal."""
+    return tuple(m.step for p in planned for m in p.made if m.step.agree)
 
 
 def _notes(planner: _Planner, donor: Model, last: _Planned) -> None:
     findings, stage = planner.findings, last.assembly.stage
     if stage.base_model is None and len(planner.inputs.models) > 1:
         findings.note(f"no base_model: config and tokenizer are those of {donor.label}")
-    for model in planner.inputs.models:
-        assert model.checkpoint is not None
-        for warning in model.checkpoint.warnings:
-            findings.note(f"{model.label}: {warning}")
+    _note_warnings(planner)
     assert donor.checkpoint is not None
     for name, why in donor.checkpoint.left_out.items():
         if why not in OF_COURSE:
@@ -188,6 +224,13 @@ def _notes(planner: _Planner, donor: Model, last: _Planned) -> None:
     for made in last.made:
         if any(part.stands_for for part in made.item.parts):
             findings.note(f"{made.item.name}: {made.item.note}")
+
+
+def _note_warnings(planner: _Planner) -> None:
+    for model in planner.inputs.models:
+        assert model.checkpoint is not None
+        for warning in model.checkpoint.warnings:
+            planner.findings.note(f"{model.label}: {warning}")
 
 
 def _note_added_base(findings: Findings, planned: _Planned) -> None:
@@ -202,34 +245,3 @@ def _note_added_base(findings: Findings, planned: _Planned) -> None:
             f"{made.item.method}, with weight {made.step.weights[added]:g}"
         )
         return
-
-
-def _dtypes(steps: Sequence[Step]) -> tuple[tuple[str, int], ...]:
-    counts = Counter(t.spec.dtype for s in steps for t in s.outputs)
-    return tuple(sorted(counts.items(), key=lambda row: (not is_float(row[0]), -row[1], row[0])))
-
-
-def package_version(name: str) -> str:
-    """Return the installed version of a package, "" if it is not installed."""
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return ""
-
-
-def _identity_of(file: WeightFile) -> tuple[str, int, int, int, int]:
-    """Return what tells a file from another one of its name: archives give all one time."""
-    return file.name, file.nbytes, file.mtime_ns, file.inode, file.ctime_ns
-
-
-def _identity(recipe: Recipe, inputs: Sequence[Any], steps: Sequence[Step]) -> str:
-    """Return a hash of everything that decides the output's bytes."""
-    content = {
-        "versions": [package_version("merge_kit"), package_version("torch")],
-        "recipe": recipe.text,
-        "seed": recipe.seed,
-        "shard_size": recipe.shard_size_bytes,
-        "inputs": [[_identity_of(file) for file in model.files] for model in inputs],
-        "targets": [(t.key, t.spec.dtype, t.shard, t.offset) for s in steps for t in s.outputs],
-    }
-    return hashlib.blake2b(json.dumps(content).encode(), digest_size=16).hexdigest()

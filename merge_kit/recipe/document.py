@@ -23,6 +23,7 @@ from merge_kit.recipe.keys import CONFLICT_POLICIES, OUTPUT_KEYS, RECIPE_KEYS, T
 from merge_kit.recipe.nodes import Node
 from merge_kit.recipe.settings import Scope, read_parameters
 from merge_kit.recipe.tensor_rules import read_rules
+from merge_kit.recipe.uses import read_uses
 from merge_kit.recipe.values import Entry, Stage, TensorRule, TokenizerChoice
 
 Fields = Mapping[str, Node]
@@ -86,6 +87,7 @@ def read_document(node: Node, folder: Path | None, findings: Findings) -> Docume
         out_dtype=_dtype(findings, fields.get("out_dtype")),
         tokenizer=_tokenizer(scope, fields),
         on_conflict=_on_conflict(findings, fields.get("on_conflict")),
+        uses=read_uses(scope, fields, len(models)),
     )
     output = {key: fields[key] for key in OUTPUT_KEYS if key in fields}
     return Document(stage, output, fields.get("name"))

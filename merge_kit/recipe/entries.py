@@ -78,6 +78,8 @@ def _layers(scope: Scope, node: Node) -> LayerRange | None:
 
 
 def _refuse_duplicates(scope: Scope, entries: Sequence[Entry], where: str) -> None:
+    if scope.methods and all(method.makes == "adapter" for method in scope.methods):
+        return  # an adapter may be named twice
     first: dict[ModelRef, Entry] = {}
     for entry in entries:
         known = first.setdefault(entry.model, entry)

@@ -19,6 +19,7 @@ RECIPE_KEYS = {
     "chat_template": "not supported yet",
     "name": "name of a document that other documents refer to",
     "on_conflict": "what to do with integer and bool tensors that differ between models",
+    "uses": "adapters to make at once: a folder's name, and the weights of the models in it",
     "seed": "seed of everything random, 0 by default",
     "shard_size": "largest size of an output file, for example 5GB or 2GiB",
     "output": "output folder, relative to the working directory",

@@ -9,6 +9,7 @@ from merge_kit.core.dtypes import RECIPE_DTYPES
 from merge_kit.methods.registry import find, names, parameters
 from merge_kit.recipe import keys
 from merge_kit.recipe.nodes import MAX_WHOLE
+from merge_kit.recipe.uses import USE_NAME
 
 Schema = dict[str, Any]
 
@@ -76,6 +77,12 @@ def _top() -> Schema:
         "chat_template": {"type": "null"},
         "name": {**_TEXT, "pattern": "^[^+@]*$"},
         "on_conflict": {"enum": list(keys.CONFLICT_POLICIES)},
+        "uses": {
+            "type": "object",
+            "minProperties": 1,
+            "propertyNames": {"pattern": f"^{USE_NAME}$"},
+            "additionalProperties": {"type": "array", "items": {"type": ["number", "string"]}},
+        },
         "seed": {**_WHOLE, "maximum": MAX_WHOLE},
         "shard_size": {"type": ["string", "integer"], "minimum": 1},
         "output": _TEXT,

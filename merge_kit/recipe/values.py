@@ -166,6 +166,8 @@ class Stage:
         dtype: Output dtype as in a header ("BF16"), or None for the inputs' own.
         out_dtype: Overrides dtype for what is stored.
         on_conflict: What to do with integer and bool tensors that differ between models.
+        uses: Adapters that are made at once: the folder of each, and its weights in the order of
+            models.
     """
 
     merge_method: str
@@ -181,6 +183,7 @@ class Stage:
     out_dtype: str | None = None
     tokenizer: TokenizerChoice | None = None
     on_conflict: Literal["error", "base", "first"] = "error"
+    uses: tuple[tuple[str, tuple[float, ...]], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,175 @@
+"""Modules of adapters as steps: what is kept, laid side by side, or computed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from merge_kit.core.dtypes import promoted
+from merge_kit.core.tensors import TensorSpec
+from merge_kit.methods.passthrough import Passthrough
+from merge_kit.plan.adapter_factors import is_exact, scaled, stacked_a, stacked_b, stored
+from merge_kit.plan.adapter_ledger import Ledger
+from merge_kit.plan.adapter_made import OutModule
+from merge_kit.plan.adapter_names_out import TensorNames, module_names
+from merge_kit.plan.adapter_terms import Combination, Term
+from merge_kit.plan.models import full_name
+from merge_kit.plan.sources import Generated, Source, Stored, Sum
+from merge_kit.plan.values import ModuleRank, Step, Target
+from merge_kit.recipe.values import Stage
+
+Compute = Literal["F32", "F64"]
+
+
+@dataclass
+class Modules:
+    """The modules of the adapters of a stage, as they are made.
+
+    Attributes:
+        dtype: What the stage names, None for that of the factors.
+        biased: Folders of the adapters whose modules all have a bias of b.
+        out: In the order of the steps.
+        unchanged: Folders and modules that are left out because nothing changes.
+    """
+
+    stage: Stage
+    number: int
+    ledger: Ledger
+    biased: frozenset[str]
+    steps: list[Step] = field(default_factory=list)
+    out: list[OutModule] = field(default_factory=list)
+    ranks: list[ModuleRank] = field(default_factory=list)
+    fits: list[Step] = field(default_factory=list)
+    unchanged: list[tuple[str, str]] = field(default_factory=list)
+
+    @property
+    def dtype(self) -> str | None:
+        return self.stage.out_dtype or self.stage.dtype
+
+    def keep(self, one: Combination) -> None:
+        """Add a module that one adapter has, as it is."""
+        change, folder = one.kept, one.use.folder
+        assert change is not None  # the caller has asked
+        update, names = change.update, module_names(one.module)
+        self.ledger.update(change.member.model, update, copied=self.dtype is None)
+        self._factors(one, names, [Term(change, 1.0, change.member.index)], (1.0,))
+        if update.magnitude is not None:
+            label = change.member.model.label
+            self.add(self.passed(folder, names.magnitude, stored(update.magnitude), label))
+        self.bias(one, names, [Term(change, 1.0, change.member.index)], update.scale)
+        self.note(one, update.rank, update.scale, magnitude=update.magnitude is not None)
+
+    def nothing(self, one: Combination) -> None:
+        """Add a module that changes nothing: the first a, and zeros for b."""
+        change, folder, names = one.module.changes[0], one.use.folder, module_names(one.module)
+        update, label = change.update, change.member.model.label
+        self.ledger.enter("copied", change.member.model, [update.a])
+        self.add(self.passed(folder, names.a, stored(update.a), label))
+        zeros = Generated("zeros", update.b.spec.shape)
+        self.add(self.passed(folder, names.b, zeros, label, dtype=update.b.spec.dtype))
+        self.bias(one, names, [], update.scale)
+        self.note(one, update.rank, update.scale)
+
+    def beside(self, one: Combination) -> None:
+        """Add a module with the factors of its changes side by side.
+
+        The scale is that of the term that counts most, whose factors stay as they are.
+        """
+        names, terms = module_names(one.module), one.counting
+        scale = max(abs(term.scale) for term in terms)
+        self._factors(one, names, terms, [term.scale / scale for term in terms])
+        self.bias(one, names, terms, scale)
+        for term in terms:
+            alone = len(terms) == 1 and term.scale == scale and self.dtype is None
+            self.ledger.update(term.change.member.model, term.change.update, copied=alone)
+        self.note(one, sum(term.change.update.rank for term in terms), scale)
+
+    def _factors(
+        self, one: Combination, names: TensorNames, terms: Sequence[Term], ratios: Sequence[float]
+    ) -> None:
+        updates = [term.change.update for term in terms]
+        label, folder = labels(terms), one.use.folder
+        compute: Compute = "F32" if all(is_exact(ratio) for ratio in ratios) else "F64"
+        a = promoted([update.a.spec.dtype for update in updates])
+        b = promoted([update.b.spec.dtype for update in updates])
+        self.add(self.passed(folder, names.a, stacked_a(updates), label, dtype=a))
+        both = stacked_b(updates, ratios)
+        self.add(self.passed(folder, names.b, both, label, dtype=b, compute=compute))
+
+    def bias(
+        self, one: Combination, names: TensorNames, terms: Sequence[Term], scale: float
+    ) -> None:
+        """Add the bias of b, if the adapter has biases: the sum, over the scale of the result."""
+        folder, b = one.use.folder, one.module.first.b.spec
+        if folder not in self.biased:
+            return
+        sources = [
+            (term.scale / scale if scale else 1.0, stored(term.change.update.bias))
+            for term in terms
+            if term.change.update.bias is not None
+        ]
+        label = labels(terms) if sources else one.module.changes[0].member.model.label
+        if not sources:
+            zeros = Generated("zeros", (b.shape[0],))
+            self.add(self.passed(folder, names.bias, zeros, label, dtype=b.dtype))
+            return
+        alone = len(sources) == 1
+        whole: Source = scaled(sources[0][1], sources[0][0]) if alone else Sum(tuple(sources))
+        dtype = promoted([source.dtype for _, source in sources])
+        step = self.passed(folder, names.bias, whole, label, dtype=dtype, compute="F64")
+        self.add(step)
+
+    def note(
+        self,
+        one: Combination,
+        rank: int,
+        scale: float,
+        *,
+        fitted: bool = False,
+        magnitude: bool = False,
+    ) -> None:
+        """Say what a module has become."""
+        folder, name = one.use.folder, one.module.name
+        biased = folder in self.biased
+        self.out.append(
+            OutModule(folder, name, one.module.kind, rank, scale, biased, magnitude=magnitude)
+        )
+        self.ranks.append(ModuleRank(full_name(folder, name), rank, fitted))
+
+    def add(self, step: Step) -> None:
+        """Add a step."""
+        self.steps.append(step)
+
+    def passed(
+        self,
+        folder: str,
+        name: str,
+        source: Source,
+        label: str,
+        *,
+        dtype: str | None = None,
+        compute: Compute = "F32",
+    ) -> Step:
+        """Return a step that writes a source: the bytes of a file as they are, if it is one."""
+        out = self.dtype or dtype or source.dtype
+        target = Target(full_name(folder, name), TensorSpec(name, out, source.shape), -1, 0)
+        step = Step("copy", (target,), (source,), (label,), group=self.number)
+        if isinstance(source, Stored) and source.dtype == out:
+            return step
+        wide: Compute = "F64" if "F64" in (out, source.dtype) else compute
+        return Step(
+            "merge",
+            (target,),
+            (source,),
+            (label,),
+            method=Passthrough(),
+            weights=(1.0,),
+            compute=wide,
+            group=self.number,
+        )
+
+
+def labels(terms: Sequence[Term]) -> str:
+    """Return what messages call the adapters of some terms together."""
+    return " + ".join(term.change.member.model.label for term in terms)

@@ -1,0 +1,270 @@
+"""The stage that makes adapters of adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from merge_kit.errors import MergeKitError, MismatchError, ParameterError, PlanError, RecipeError
+from merge_kit.plan.adapter_bases import check_bases
+from merge_kit.plan.adapter_compress import Compressor
+from merge_kit.plan.adapter_files import (
+    config_file,
+    config_problems,
+    same_config,
+    tokenizer_files,
+)
+from merge_kit.plan.adapter_groups import Member, ModuleGroup, groups, members, problems
+from merge_kit.plan.adapter_ledger import Ledger
+from merge_kit.plan.adapter_made import AdapterPlan
+from merge_kit.plan.adapter_modules import Modules
+from merge_kit.plan.adapter_names_out import common_style
+from merge_kit.plan.adapter_saved import Whole
+from merge_kit.plan.adapter_terms import Combination, Terms, Use, active, uses
+from merge_kit.plan.findings import Findings
+from merge_kit.plan.inputs import Inputs
+from merge_kit.plan.models import Part
+from merge_kit.plan.steps import seed_of
+from merge_kit.plan.values import Fitted, SideFile
+from merge_kit.recipe.values import Stage
+
+STEM = "adapter_model"
+
+
+@dataclass(frozen=True, slots=True)
+class _Made:
+    """One adapter that is made.
+
+    Attributes:
+        members: Those that count in it; all, if none does.
+        combinations: Of each of its modules, in order.
+    """
+
+    use: Use
+    members: tuple[Member, ...]
+    combinations: tuple[Combination, ...]
+
+    @property
+    def same_as(self) -> Member | None:
+        """The one adapter that it is, tensor by tensor, or None."""
+        alone = len(self.members) == 1 and all(one.kept is not None for one in self.combinations)
+        return self.members[0] if alone and self.members[0].adapter.config_text else None
+
+
+def adapter_stage(
+    stage: Stage,
+    inputs: Inputs,
+    findings: Findings,
+    *,
+    seed: int,
+    number: int,
+    fitted: Sequence[Fitted] | None,
+) -> AdapterPlan:
+    """Return what a stage does that combines adapters.
+
+    Args:
+        seed: Of the run.
+        number: Of the stage.
+        fitted: What a look at the weights found; None before that.
+
+    Raises:
+        MergeKitError: Whatever is wrong, all of it in one list.
+    """
+    listed, errors = members(stage, inputs)
+    for error in (*refused_keys(stage), *errors):
+        findings.problem(error)
+    findings.raise_any()
+    every = groups(listed)
+    for error in (*problems(every), *config_problems(listed)):
+        findings.problem(error)
+    check_bases(listed, findings)
+    findings.raise_any()
+    common_style(listed)
+    terms = Terms(stage, inputs, every)
+    made = [_made(use, listed, every, terms) for use in uses(stage)]
+    for one in made:
+        for error in _unfit(one):
+            findings.problem(error)
+    findings.raise_any()
+    return _plan(stage, made, terms, findings, (seed_of(stage.name, seed), number), fitted, inputs)
+
+
+def refused_keys(stage: Stage) -> Iterator[MergeKitError]:
+    """Yield an error for each key that makes no sense where adapters are combined."""
+    keys = {
+        "base_model": stage.base_model,
+        "slices": stage.slices,
+        "modules": stage.modules,
+        "tensors": stage.tensors,
+        "tokenizer_source": stage.tokenizer,
+    }
+    for key, value in keys.items():
+        if value:
+            yield PlanError(
+                f"{stage.merge_method} combines adapters, and takes no {key}",
+                where=str(getattr(value, "mark", stage.mark)),
+                hint="remove it; the adapters stand under models",
+            )
+
+
+def _made(use: Use, listed: Sequence[Member], every: Sequence[ModuleGroup], terms: Terms) -> _Made:
+    combinations = [terms.combination(module, use) for module in every]
+    counting = active(combinations) or list(listed)
+    indexes = {member.index for member in counting}
+    chosen = [
+        one
+        for one in combinations
+        if any(change.member.index in indexes for change in one.module.changes)
+    ]
+    return _Made(use, tuple(counting), tuple(chosen))
+
+
+def _unfit(made: _Made) -> Iterator[MergeKitError]:
+    """Yield what keeps adapters from being one."""
+    if made.same_as is not None:
+        return
+    for one in made.combinations:
+        for change in one.module.changes:
+            label = change.member.model.label
+            if change.update.magnitude is not None:
+                yield MismatchError(
+                    f"{label} is an adapter of DoRA, whose lengths belong to its own weights",
+                    where=one.module.name,
+                    hint="list it alone with weight 1, or merge base+adapter into the base",
+                )
+    biased = _biased(made)
+    odd = next((o for o in made.combinations if o.module.kind in ("embedding", "experts")), None)
+    if biased is not None and odd is not None:
+        yield MismatchError(
+            f"{biased.model.label} has biases of factors (lora_bias), and "
+            f"{odd.module.changes[0].member.model.label} changes {odd.module.kind}: peft can load "
+            "no adapter with both",
+            where=odd.module.name,
+            hint="leave one of the two out",
+        )
+
+
+def _biased(made: _Made) -> Member | None:
+    """Return the first adapter with biases of b."""
+    changes = [change for one in made.combinations for change in one.module.changes]
+    return next((change.member for change in changes if change.update.bias is not None), None)
+
+
+def _plan(
+    stage: Stage,
+    made: Sequence[_Made],
+    terms: Terms,
+    findings: Findings,
+    place: tuple[int, int],
+    fitted: Sequence[Fitted] | None,
+    inputs: Inputs,
+) -> AdapterPlan:
+    seed, number = place
+    biased = frozenset(one.use.folder for one in made if _biased(one) is not None)
+    modules = Modules(stage, number, Ledger(), biased)
+    labels = [inputs.find(entry.model).label for entry in stage.models]
+    known = None if fitted is None else {one.key: one for one in fitted}
+    compressor = Compressor(modules, labels, seed, known)
+    by_module: dict[str, list[Combination]] = {}
+    for one in made:
+        for combination in one.combinations:
+            by_module.setdefault(combination.module.name, []).append(combination)
+    for combinations in by_module.values():
+        try:
+            _module(modules, compressor, combinations)
+        except ParameterError as error:
+            where = f"{stage.mark}: {combinations[0].module.name}"
+            findings.problem(RecipeError(error.problem, where=where, hint=error.hint))
+        except MergeKitError as error:
+            findings.problem(error)
+    files: list[SideFile] = []
+    for one in made:
+        files += _files(one, modules, terms, findings)
+    findings.raise_any()
+    _nothing_left(modules)
+    _left_out(modules, made)
+    return AdapterPlan(
+        steps=tuple(modules.steps),
+        parts=tuple(Part(one.use.folder, STEM, None) for one in made),
+        files=tuple(files),
+        fits=tuple(modules.fits),
+        ranks=tuple(modules.ranks),
+        fates=modules.ledger.fates(inputs.models),
+        modules=tuple(modules.out),
+        notes=_notes(modules),
+    )
+
+
+def _module(modules: Modules, compressor: Compressor, combinations: Sequence[Combination]) -> None:
+    """Add one module of every adapter that is made and has it."""
+    computed = []
+    for one in combinations:
+        if one.kept is not None:
+            modules.keep(one)
+        elif not one.counting:
+            modules.nothing(one)
+        elif _is_laid_out(one):
+            modules.beside(one)
+        else:
+            computed.append(one)
+    compressor.add(computed)
+
+
+def _is_laid_out(one: Combination) -> bool:
+    """Return whether factors are laid side by side: experts too, where that is what is asked."""
+    method = one.method
+    exact = method.method_name == "lora_linear" and getattr(method, "variant", "") == "exact"
+    return method.works_on == "concatenation" or (exact and one.module.kind == "experts")
+
+
+def _files(made: _Made, modules: Modules, terms: Terms, findings: Findings) -> list[SideFile]:
+    """Add what an adapter holds whole; return its config and what is copied beside it."""
+    folder, use = made.use.folder, made.use
+    own = [one for one in modules.out if one.folder == folder]
+    method = made.combinations[0].method if made.combinations else terms.method("", use)
+    whole = Whole(modules, folder, method, frozenset(one.module for one in own))
+    whole.add(made.members, lambda member, tensor: terms.weight(member, tensor, use))
+    for error in whole.errors:
+        findings.problem(error)
+    beside = tokenizer_files(folder, made.members[0])
+    if made.same_as is not None:
+        return [same_config(folder, made.same_as), *beside]
+    left_out = any(where == folder for where, _ in modules.unchanged)
+    config = config_file(
+        folder, made.members, own, tokens=whole.tokens, biases=whole.biases, left_out=left_out
+    )
+    return [config, *beside]
+
+
+def _nothing_left(modules: Modules) -> None:
+    """Refuse an adapter that changes nothing.
+
+    Raises:
+        PlanError: If a look at the weights has left no module.
+    """
+    filled = {one.folder for one in modules.out}
+    for folder, _ in modules.unchanged:
+        if folder not in filled:
+            named = f"{folder}: " if folder else ""
+            raise PlanError(
+                f"{named}the adapters cancel: no module is changed",
+                where=str(modules.stage.mark),
+                hint="choose other weights",
+            )
+
+
+def _left_out(modules: Modules, made: Sequence[_Made]) -> None:
+    """Say why tensors are no part of any adapter that is made."""
+    unchanged = {module for _, module in modules.unchanged}
+    for one in made:
+        for combination in one.combinations:
+            why = "not changed" if combination.module.name in unchanged else "its weight is 0"
+            for change in combination.module.changes:
+                modules.ledger.enter("dropped", change.member.model, change.update.stored, why)
+
+
+def _notes(modules: Modules) -> tuple[str, ...]:
+    experts = [one for one in modules.out if one.kind == "experts"]
+    if experts and modules.stage.merge_method == "lora_linear":
+        return ("experts are laid side by side, as by lora_concat: their ranks add up",)
+    return ()

@@ -1,0 +1,139 @@
+"""What both kinds of plans end with: slabs and memory, the bill, the identity."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+
+from merge_kit.core.dtypes import is_float
+from merge_kit.io.values import WeightFile
+from merge_kit.plan import cost
+from merge_kit.plan.spilling import with_spills
+from merge_kit.plan.values import (
+    Fate,
+    LayerOrigin,
+    ModuleRank,
+    Plan,
+    PlanInput,
+    Shard,
+    SideFile,
+    Step,
+)
+from merge_kit.plan.whole_model import model_scans
+from merge_kit.recipe.values import Recipe
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a run may take.
+
+    Attributes:
+        threads: Workers; None for one for each processor.
+        memory_bytes: Most resident memory of the whole process, None for any.
+        slab_blocks: Blocks of a slab, None for what fits the cache.
+    """
+
+    threads: int | None
+    memory_bytes: int | None
+    slab_blocks: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """A plan without its memory; see `Plan`.
+
+    Attributes:
+        steps: Placed, in write order.
+        feeding: Steps of feeding stages with statistics over their whole result.
+        group: Number of the output's stage.
+        fits: Keys of the first outputs of the steps that must be looked at first.
+    """
+
+    method: str
+    steps: Sequence[Step]
+    shards: Sequence[Shard]
+    side_files: Sequence[SideFile]
+    inputs: tuple[PlanInput, ...]
+    fates: Sequence[Fate]
+    notes: tuple[str, ...]
+    feeding: Sequence[Step]
+    agreeing: tuple[Step, ...]
+    statistics: tuple[PlanInput, ...]
+    group: int
+    architecture: str = ""
+    layers: int | None = None
+    layer_map: tuple[LayerOrigin, ...] = ()
+    fits: frozenset[str] = frozenset()
+    ranks: tuple[ModuleRank, ...] = ()
+
+
+def finish(draft: Draft, recipe: Recipe, limits: Limits) -> Plan:
+    """Return the plan of a draft.
+
+    Raises:
+        PlanError: If the memory is too small.
+    """
+    steps, workers = draft.steps, cost.worker_count(limits.threads)
+    tensors = len(draft.fates) + len(steps)
+    spilled = [with_spills(step) for step in (*steps, *draft.feeding)]
+    blocks = [limits.slab_blocks] if limits.slab_blocks is not None else None
+    every, peak = cost.fit(spilled, workers, tensors, limits.memory_bytes, blocks)
+    sized, more = every[: len(steps)], every[len(steps) :]
+    fits = tuple(step for step in sized if step.outputs[0].key in draft.fits)
+    return Plan(
+        method=draft.method,
+        steps=sized,
+        shards=tuple(draft.shards),
+        side_files=tuple(sorted(draft.side_files, key=lambda f: f.name)),
+        inputs=draft.inputs,
+        fates=tuple(draft.fates),
+        layer_map=draft.layer_map,
+        architecture=draft.architecture,
+        layers=draft.layers,
+        parameters=sum(t.spec.numel for s in sized for t in s.outputs),
+        dtypes=_dtypes(sized),
+        bill=cost.bill(sized, workers, peak, (*more, *fits), tensors),
+        notes=draft.notes,
+        identity=_identity(recipe, (*draft.inputs, *draft.statistics), sized),
+        seed=recipe.seed,
+        agreeing=draft.agreeing,
+        whole_model=(*more, *(s for s in sized if s.group == draft.group and model_scans(s))),
+        statistics=draft.statistics,
+        fits=fits,
+        ranks=draft.ranks,
+    )
+
+
+def _dtypes(steps: Sequence[Step]) -> tuple[tuple[str, int], ...]:
+    counts = Counter(t.spec.dtype for s in steps for t in s.outputs)
+    return tuple(sorted(counts.items(), key=lambda row: (not is_float(row[0]), -row[1], row[0])))
+
+
+def package_version(name: str) -> str:
+    """Return the installed version of a package, "" if it is not installed."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return ""
+
+
+def _identity_of(file: WeightFile) -> tuple[str, int, int, int, int]:
+    """Return what tells a file from another one of its name: archives give all one time."""
+    return file.name, file.nbytes, file.mtime_ns, file.inode, file.ctime_ns
+
+
+def _identity(recipe: Recipe, inputs: Sequence[PlanInput], steps: Sequence[Step]) -> str:
+    """Return a hash of everything that decides the output's bytes."""
+    content = {
+        "versions": [package_version("merge_kit"), package_version("torch")],
+        "recipe": recipe.text,
+        "seed": recipe.seed,
+        "shard_size": recipe.shard_size_bytes,
+        "inputs": [[_identity_of(file) for file in model.files] for model in inputs],
+        "targets": [(t.key, t.spec.dtype, t.shard, t.offset) for s in steps for t in s.outputs],
+    }
+    return hashlib.blake2b(json.dumps(content).encode(), digest_size=16).hexdigest()
