@@ -25,7 +25,7 @@ def check_agreement(reader: Reader, steps: Sequence[Step]) -> None:
         for other, model in zip(step.agree, step.agree_models, strict=True):
             assert isinstance(first, Stored)  # copies are of stored tensors
             assert isinstance(other, Stored)
-            if not _equal(reader, first.span, other.span):
+            if not equal_bytes(reader, first.span, other.span):
                 errors.append(_differ(step, model))
                 break
     raise_all(errors)
@@ -40,7 +40,8 @@ def _differ(step: Step, model: str) -> MismatchError:
     )
 
 
-def _equal(reader: Reader, one: ByteSpan, other: ByteSpan) -> bool:
+def equal_bytes(reader: Reader, one: ByteSpan, other: ByteSpan) -> bool:
+    """Return whether two runs of bytes of equal length are the same."""
     left, right = bytearray(_PIECE), bytearray(_PIECE)
     for at in range(0, one.nbytes, _PIECE):
         count = min(_PIECE, one.nbytes - at)

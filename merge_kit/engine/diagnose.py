@@ -4,27 +4,21 @@ from __future__ import annotations
 
 import torch
 
+from merge_kit.core.tensors import BLOCK
 from merge_kit.engine.kernel import Kernel, NotFinite
 from merge_kit.engine.rounding import nonfinite, round_into
 from merge_kit.engine.statistics import slabs, step_elements
 from merge_kit.engine.workspace import Workspace
 from merge_kit.errors import NonFiniteError
 from merge_kit.io.torch_dtypes import torch_dtype
+from merge_kit.plan.sources import Source, elements
 from merge_kit.plan.values import Step
 
 
 def not_finite(kernel: Kernel, step: Step, work: Workspace) -> NonFiniteError:
     """Return an error that says how many values of which model and tensor are not finite."""
-    sources = [("the base", step.base)] if step.base is not None else []
-    named = [*sources, *zip(step.models, step.inputs, strict=True)]
-    inside = dict.fromkeys((name for name, _ in named), 0)
+    inside = _inside(kernel, step, work)
     spans = slabs(step, (0, step_elements(step)))
-    for start, stop in spans:
-        for name, source in named:
-            assert source is not None
-            row = work.rows("diagnosis", 1, stop - start, torch_dtype(step.compute))[0]
-            kernel.operands.read(source, start, stop, row, work)
-            inside[name] += nonfinite(row)
     found = [f"{count} in {name}" for name, count in inside.items() if count]
     if found:
         problem = f"{sum(inside.values())} NaN or infinite values in the inputs: "
@@ -34,6 +28,34 @@ def not_finite(kernel: Kernel, step: Step, work: Workspace) -> NonFiniteError:
         problem = _made(kernel, step, spans, work)
         hint = "choose a wider dtype or smaller weights, or pass --allow-nonfinite to write them"
     return NonFiniteError(problem, where=step.outputs[0].key, hint=hint)
+
+
+def _inside(kernel: Kernel, step: Step, work: Workspace) -> dict[str, int]:
+    """Return how many values are not finite, by where they are."""
+    sources: list[tuple[str, Source]] = []
+    if step.base is not None:
+        sources.append(("the base", step.base))
+    if step.inputs:
+        sources += zip(step.models, step.inputs, strict=True)
+    if step.shape is not None:
+        sources += [(_owner(step, name), source) for name, source in step.aux]
+    inside = dict.fromkeys((name for name, _ in sources), 0)
+    work.enter(step)
+    for name, source in sources:
+        total, size = elements(source), max(step.slab_elements, BLOCK)
+        for start in range(0, total, size):
+            stop = min(start + size, total)
+            row = work.rows("diagnosis", 1, stop - start, torch_dtype(step.compute))[0]
+            kernel.operands.read(source, start, stop, row, work)
+            inside[name] += nonfinite(row)
+    return inside
+
+
+def _owner(step: Step, name: str) -> str:
+    """Return the model that a factor is of: "a1" and "b1" are of the second."""
+    number = name.lstrip("ab")
+    known = number.isdecimal() and int(number) < len(step.models)
+    return step.models[int(number)] if known else name
 
 
 def _made(kernel: Kernel, step: Step, spans: list[tuple[int, int]], work: Workspace) -> str:

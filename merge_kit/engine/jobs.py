@@ -124,6 +124,7 @@ class Job(ABC):
     def clear(self) -> None:
         """Give back what only this job used."""
         self.kernel.scans.clear()
+        self.kernel.facts.clear()
         self.run.reader.forget(self._scratch)
         self.run.writer.discard(self._scratch)
 
@@ -167,13 +168,20 @@ class OutputJob(Job):
         for i, target in enumerate(self.step.outputs):
             joined = (self.digests[key] for key in sorted(self.digests) if key[0] == i)
             hashes[target.key] = tensor_hash(b"".join(joined))
-        tally = self.run.tally
+        tally, facts = self.run.tally, self._facts()
         with tally.lock:
             tally.hashes.update(hashes)
+            tally.facts.update(facts)
             nonfinite = {key: tally.nonfinite[key] for key in hashes if key in tally.nonfinite}
             saturated = {key: tally.saturated[key] for key in hashes if key in tally.saturated}
-        self.run.journal.write(self.index, Finished(hashes, nonfinite, saturated))
+        self.run.journal.write(self.index, Finished(hashes, nonfinite, saturated, facts))
         self.clear()
+
+    def _facts(self) -> Mapping[str, Mapping[str, float]]:
+        """Return what the merge found worth knowing, by key of the output that it is about."""
+        each = 1 if self.step.shape is None else 2  # a and b
+        found = self.kernel.facts.get(id(self.step), ())
+        return {self.step.outputs[each * i].key: dict(facts) for i, facts in enumerate(found)}
 
 
 class MergeJob(OutputJob):
@@ -188,13 +196,14 @@ class MergeJob(OutputJob):
         yield from self.prepare(self._shared)
         yield from self.statistics(self.step, self._shared)
         yield ranges(self.step, CHUNK), self._merge
-        if not self._in_blocks():
+        if not self._from_blocks():
             yield [(0, 0)], self._hash
         self.finish()
 
-    def _in_blocks(self) -> bool:
+    def _from_blocks(self) -> bool:
+        """Return whether what is written at once starts at a block, or is all there is."""
         assert self.step.method is not None
-        return self.step.method.residency() == "element"
+        return self.step.method.residency() != "row"
 
     def _merge(self, index: int, span: Span, work: Workspace) -> None:
         run, step, kernel = self.run, self.step, self.kernel
@@ -203,7 +212,7 @@ class MergeJob(OutputJob):
             merged = kernel.merge(step, kernel.load(step, start, stop, work))
             for joined, target, values in zip(found, step.outputs, merged, strict=True):
                 joined.append(run.emit(target, start, values, work))
-        if self._in_blocks():
+        if self._from_blocks():
             for i, joined in enumerate(found):
                 self.digests[i, index] = b"".join(joined)
 

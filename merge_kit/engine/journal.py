@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -23,18 +23,24 @@ class Finished:
     Attributes:
         nonfinite: NaN and infinities that were written.
         saturated: Values beyond the output dtype.
+        facts: See `Report.facts`.
     """
 
     hashes: Mapping[str, str]
     nonfinite: Mapping[str, int]
     saturated: Mapping[str, int]
+    facts: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
 
 class Journal:
-    """An append-only file: a line of JSON for each finished step, its index and `Finished`."""
+    """An append-only file: a line of JSON for each finished step, its index and what is known.
 
-    def __init__(self, folder: Path) -> None:
-        self._path = folder / FOLDER / "journal.jsonl"
+    Args:
+        name: Of the file.
+    """
+
+    def __init__(self, folder: Path, name: str = "journal.jsonl") -> None:
+        self._path = folder / FOLDER / name
         self._lock = threading.Lock()
 
     def __enter__(self) -> Self:
@@ -56,19 +62,32 @@ class Journal:
         self._file.close()
 
     def finished(self) -> dict[int, Finished]:
-        """Return what earlier runs finished, by step; a torn last line is left out."""
+        """Return what earlier runs finished, by step."""
         found: dict[int, Finished] = {}
+        for index, entry in self.entries():
+            try:
+                found[index] = _finished(entry)
+            except (ValueError, KeyError, TypeError):
+                continue  # the step is done again
+        return found
+
+    def entries(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Yield what earlier runs wrote, with the step's index; a torn last line is left out."""
         for line in self._path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
                 entry = json.loads(line)
-                found[int(entry.pop("step"))] = _finished(entry)
+                index = int(entry.pop("step"))
             except (ValueError, KeyError, TypeError, AttributeError):
                 continue  # torn by a crash: the step is done again
-        return found
+            yield index, entry
 
     def write(self, step: int, finished: Finished) -> None:
         """Add a finished step."""
-        line = (json.dumps({"step": step, **asdict(finished)}) + "\n").encode()
+        self.add(step, asdict(finished))
+
+    def add(self, step: int, entry: Mapping[str, Any]) -> None:
+        """Add a line about a step."""
+        line = (json.dumps({"step": step, **entry}) + "\n").encode()
         try:
             with self._lock:
                 written = self._file.write(line)
@@ -85,4 +104,6 @@ _HINT = "check the disk and run again: it goes on where it stopped"
 
 
 def _finished(entry: dict[str, Any]) -> Finished:
-    return Finished(dict(entry["hashes"]), dict(entry["nonfinite"]), dict(entry["saturated"]))
+    facts = {key: dict(found) for key, found in entry.get("facts", {}).items()}
+    nonfinite, saturated = dict(entry["nonfinite"]), dict(entry["saturated"])
+    return Finished(dict(entry["hashes"]), nonfinite, saturated, facts)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from merge_kit.core.tensors import BLOCK
+from merge_kit.core.tensors import BLOCK, numel
 from merge_kit.engine.operands import Operands
 from merge_kit.engine.rounding import nonfinite, round_into
 from merge_kit.engine.workspace import ALIGN, Workspace
@@ -18,7 +18,7 @@ from merge_kit.io.torch_dtypes import torch_dtype
 from merge_kit.methods.base import Scans, Slab, Yield
 from merge_kit.plan.sources import Merged, elements
 from merge_kit.plan.values import Step
-from merge_kit.plan.walk import is_whole_aux
+from merge_kit.plan.walk import is_whole_aux, operand_shape
 
 NO_SCANS: Scans = MappingProxyType({})
 
@@ -55,6 +55,10 @@ class Kernel:
         """Return elements [start, stop) of every operand as the step's method wants them."""
         work.enter(step)
         return self._load(step, start, stop, work)
+
+    def load_whole(self, step: Step, work: Workspace) -> Slab:
+        """Return all elements of every operand."""
+        return self.load(step, 0, numel(operand_shape(step)), work)
 
     def _load(self, step: Step, start: int, stop: int, work: Workspace) -> Slab:
         assert step.method is not None  # copies are not loaded
@@ -117,6 +121,8 @@ class Kernel:
         rows = list(slab.tensors)
         if slab.base is not None and (step.method.operates_on == "tensors" or not rows):
             rows.append(slab.base)  # else it shows in the deltas
+        if step.shape is not None:
+            rows += slab.aux.values()  # factors
         for row in rows:
             total = float(row.sum())
             if total - total != 0 and nonfinite(row):  # perhaps only the sum is not finite
