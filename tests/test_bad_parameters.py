@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from merge_kit.errors import MergeKitError, NonFiniteError, Problems
 from merge_kit.methods.registry import find, names, parameters
 from tests.toys import merge, plan, write
+from tests.variants import ADAPTER_METHODS, MODEL_METHODS
 
 OUT_OF_RANGE = {
     "density": (-0.1, 1.5, 20, "nan", [1.5, 0.5]),
@@ -42,6 +43,12 @@ OUT_OF_RANGE = {
     "normalize": (0.5, 2),
     "rescale": ("yes please",),
     "filter_wise": (0.3,),
+    "rank": (0, -1, 2.5, "all"),
+    "energy": (0, -0.1, 1.01, "nan"),
+    "merging": ("mean",),
+    "saved": ("last",),
+    "ties": (0.5,),
+    "rest": ("keep",),
 }
 """Values that no method may accept, by the recipe's key."""
 
@@ -49,7 +56,7 @@ OUT_OF_RANGE = {
 def required(kind) -> tuple[dict, dict]:
     """Return the parameters of each model, and of all together, that a method cannot do without."""
     values = {"weight": 1, "t": 0.1, "statistics": "s.safetensors"}
-    found: tuple[dict, dict] = {}, {}
+    found: tuple[dict, dict] = {}, {"rank": 1} if kind.method_name == "lora_extract" else {}
     for parameter in parameters(kind):
         if parameter.required:
             found[not parameter.per_model][parameter.name] = values[parameter.name]
@@ -72,7 +79,7 @@ def recipe(name, *, number=None, base=None, of_each=None, **more) -> str:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def models(tmp_path_factory):
     root = tmp_path_factory.mktemp("models")
     generator = torch.Generator().manual_seed(0)
     for name in ("base", "m0", "m1", "m2"):
@@ -80,6 +87,41 @@ def folder(tmp_path_factory):
         write(root / name, tensors, None)
     save_file({"x": torch.ones(4, 5), "y": torch.ones(3)}, root / "s.safetensors")
     return root
+
+
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory):
+    root = tmp_path_factory.mktemp("adapters")
+    for seed in range(3):
+        write_adapter(root / f"m{seed}", seed)
+    return root
+
+
+@pytest.fixture
+def folder(request, models, adapters):
+    """Return where the models of a method lie, or the adapters where it combines those."""
+    return adapters if takes_adapters(request.node.callspec.params["name"]) else models
+
+
+def takes_adapters(method: str) -> bool:
+    kind = find(method)
+    return kind.makes == "adapter" and not kind.needs_base
+
+
+def write_adapter(folder, seed: int, *, bad: float | None = None) -> None:
+    """Write a LoRA adapter of two modules, with a number in one of them that is not finite."""
+    draw = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for layer, module in enumerate(("fine", "broken")):
+        path, (rows, columns) = f"base_model.model.layers.{layer}.{module}", (4 - layer, 5)
+        tensors[f"{path}.lora_A.weight"] = torch.randn(2, columns, generator=draw)
+        tensors[f"{path}.lora_B.weight"] = torch.randn(rows, 2, generator=draw)
+    if bad is not None:
+        tensors["base_model.model.layers.1.broken.lora_B.weight"][1, 0] = bad
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["fine", "broken"]}
+    folder.mkdir()
+    save_file(tensors, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps(config))
 
 
 def refusal(text, folder, act=plan) -> MergeKitError:
@@ -136,9 +178,10 @@ def test_a_window_of_probabilities_beyond_0_and_1_is_refused(folder, name, densi
 NORMALISING = [n for n in names() if "normalize" in {p.name for p in parameters(find(n))}]
 VOTING = ("ties", "breadcrumbs_ties", "dare_ties", "della")
 """Where what agrees has weights of one sign, and their magnitudes divide."""
+ALIKE = (*VOTING, "lora_ties", "lora_knots")
 
 
-@pytest.mark.parametrize("name", [n for n in NORMALISING if n not in VOTING] + ["multislerp"])
+@pytest.mark.parametrize("name", [n for n in NORMALISING if n not in ALIKE] + ["multislerp"])
 @pytest.mark.parametrize("weights", [(1, -1), (1, -0.9999999), (3, -2, -1)])
 def test_weights_that_cancel_cannot_be_normalised(folder, name, weights):
     of_each = [{"weight": weight} for weight in weights]
@@ -182,7 +225,7 @@ def test_too_few_and_too_many_models_are_refused(folder, name):
         assert "model" in str(refusal(recipe(name, number=kind.max_inputs + 1), folder))
 
 
-@pytest.mark.parametrize("name", names())
+@pytest.mark.parametrize("name", MODEL_METHODS)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("where", ["m0", "last", "base"])
 def test_what_is_not_finite_is_found_and_named(tmp_path, name, bad, where):
@@ -208,6 +251,21 @@ def test_what_is_not_finite_is_found_and_named(tmp_path, name, bad, where):
     assert isinstance(error, NonFiniteError)
     assert "broken" in str(error)
     assert where in str(error)
+
+
+@pytest.mark.parametrize("name", [n for n in ADAPTER_METHODS if takes_adapters(n)])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("more", [{}, {"energy": 0.5}, {"density": 0.5}], ids=str)
+def test_factors_that_are_not_finite_are_found_and_named(tmp_path, name, bad, more):
+    """Also where a rank is fitted first."""
+    if not more.keys() <= {p.name for p in parameters(find(name))}:
+        return
+    for i in range(2):
+        write_adapter(tmp_path / f"m{i}", i, bad=bad if i else None)
+    error = refusal(recipe(name, number=2, **more), tmp_path, merge)
+    assert isinstance(error, NonFiniteError)
+    assert "layers.1.broken" in str(error)
+    assert "m1" in str(error)
 
 
 def passing(kind) -> dict:
