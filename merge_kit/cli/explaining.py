@@ -51,6 +51,7 @@ def method_json(method: type[MergeMethod]) -> dict[str, Any]:
         "parameters": [_parameter_json(p, doc) for p in parameters(method)],
         "needs_base": method.needs_base,
         "takes_base": method.takes_base,
+        "makes": method.makes,
         "operates_on": method.operates_on,
         "min_inputs": method.min_inputs,
         "max_inputs": method.max_inputs,
@@ -101,11 +102,13 @@ def _kind(parameter: Parameter) -> str:
 def _base(method: type[MergeMethod]) -> str:
     if method.needs_base:
         return "required"
+    if method.makes == "adapter":
+        return "none"
     return "optional" if method.takes_base else "an ordinary input, if there is one"
 
 
 def _inputs(method: type[MergeMethod]) -> str:
     least, most = method.min_inputs, method.max_inputs
     if most is None:
-        return f"{least} or more"
+        return f"{least} or more{' adapters' if method.makes == 'adapter' else ''}"
     return str(least) if least == most else f"{least} to {most}"

@@ -30,6 +30,15 @@ def test_a_method_is_explained_with_formula_parameters_demands_laws_and_source(c
     assert "source     Ilharco et al. 2023" in out
 
 
+def test_a_method_that_makes_adapters_takes_adapters_and_no_base(capsys):
+    assert main(["methods", "lora_svd"]) == 0
+    out = capsys.readouterr().out
+    assert "base         none\n" in out
+    assert "models       1 or more adapters\n" in out
+    assert main(["methods", "lora_svd", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["makes"] == "adapter"
+
+
 def test_json_holds_the_same_for_one_and_for_all(capsys):
     assert main(["methods", "slerp", "--json"]) == 0
     one = json.loads(capsys.readouterr().out)
