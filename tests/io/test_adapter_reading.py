@@ -6,11 +6,11 @@ from collections import Counter
 
 import pytest
 import torch
+from adapter_making import CONFIG, LINEAR, made_by_peft, write_file, write_folder
 from torch import nn
 
 from merge_kit.errors import CheckpointError, Problems
 from merge_kit.io.adapter import is_adapter, open_adapter
-from tests.io.adapter_making import CONFIG, LINEAR, made_by_peft, write_file, write_folder
 
 
 class Attention(nn.Module):
