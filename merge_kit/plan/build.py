@@ -185,6 +185,7 @@ def _adapter_draft(planner: _Planner, planned: list[_Planned], made: AdapterPlan
     number = len(recipe.stages) - 1
     inner = {id(m.step): m.step for step in steps for m in merged_sources(step)}
     own = [step for step in inner.values() if model_scans(step) and step.group == number]
+    keys = {step.outputs[0].key for step in made.steps}
     return Draft(
         method=output.merge_method,
         steps=steps,
@@ -198,6 +199,7 @@ def _adapter_draft(planner: _Planner, planned: list[_Planned], made: AdapterPlan
         statistics=planner.evidence.as_values(),
         group=number,
         fits=frozenset(step.outputs[0].key for step in made.fits),
+        looks=[step for step in made.fits if step.outputs[0].key not in keys],
         ranks=made.ranks,
     )
 

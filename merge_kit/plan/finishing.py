@@ -51,6 +51,7 @@ class Draft:
         feeding: Steps of feeding stages with statistics over their whole result.
         group: Number of the output's stage.
         fits: Keys of the first outputs of the steps that must be looked at first.
+        looks: What must be looked at besides, and is no step.
     """
 
     method: str
@@ -68,6 +69,7 @@ class Draft:
     layers: int | None = None
     layer_map: tuple[LayerOrigin, ...] = ()
     fits: frozenset[str] = frozenset()
+    looks: Sequence[Step] = ()
     ranks: tuple[ModuleRank, ...] = ()
 
 
@@ -79,11 +81,12 @@ def finish(draft: Draft, recipe: Recipe, limits: Limits) -> Plan:
     """
     steps, workers = draft.steps, cost.worker_count(limits.threads)
     tensors = len(draft.fates) + len(steps)
-    spilled = [with_spills(step) for step in (*steps, *draft.feeding)]
+    spilled = [with_spills(step) for step in (*steps, *draft.feeding, *draft.looks)]
     blocks = [limits.slab_blocks] if limits.slab_blocks is not None else None
     every, peak = cost.fit(spilled, workers, tensors, limits.memory_bytes, blocks)
-    sized, more = every[: len(steps)], every[len(steps) :]
-    fits = tuple(step for step in sized if step.outputs[0].key in draft.fits)
+    sized, rest = every[: len(steps)], every[len(steps) :]
+    more, looks = rest[: len(draft.feeding)], rest[len(draft.feeding) :]
+    fits = (*(step for step in sized if step.outputs[0].key in draft.fits), *looks)
     return Plan(
         method=draft.method,
         steps=sized,

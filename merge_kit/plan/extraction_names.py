@@ -1,0 +1,124 @@
+"""How programs that load a base name its modules, and which of its tensors are factored."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
+
+from merge_kit.architecture.ties import is_head
+from merge_kit.core.dtypes import is_float
+from merge_kit.core.tensors import TensorSpec
+from merge_kit.io.adapter_values import Kind
+
+_CORES = {
+    "gpt2": "transformer",
+    "gpt_neo": "transformer",
+    "gptj": "transformer",
+    "gpt_bigcode": "transformer",
+    "bloom": "transformer",
+    "falcon": "transformer",
+    "codegen": "transformer",
+    "mpt": "transformer",
+    "ctrl": "transformer",
+    "xlnet": "transformer",
+    "openai-gpt": "transformer",
+    "gpt_neox": "gpt_neox",
+    "bert": "bert",
+    "roberta": "roberta",
+    "xlm-roberta": "roberta",
+    "distilbert": "distilbert",
+    "electra": "electra",
+    "albert": "albert",
+    "deberta": "deberta",
+    "deberta-v2": "deberta",
+    "vit": "vit",
+}
+"""Where models with a head keep the model without one, by model_type; "model" for all others."""
+
+_BARE = ("layers.", "embed_tokens.", "decoder.layers.", "decoder.embed_tokens.")
+"""How names begin that lack "model."."""
+
+_TURNED = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp")
+_TURNED_LEAVES = ("c_attn", "c_proj", "c_fc", "q_attn")
+"""Modules of these types that store their weights as (in, out)."""
+
+_TABLE = re.compile(r"embed|^wte$|^wpe$|^shared$|position|token_type|attention_bias$")
+_ROUTERS = ("gate", "router", "shared_expert_gate")
+_CONV_AXES = (3, 4, 5)
+
+TASKS = {
+    "ForCausalLM": "CAUSAL_LM",
+    "LMHeadModel": "CAUSAL_LM",
+}
+"""Ends of an architecture's name, and what peft calls its task."""
+
+
+def architecture(config: Mapping[str, Any] | None) -> str:
+    """Return the class that a config names first, "" if it names none."""
+    names = (config or {}).get("architectures")
+    return str(names[0]) if isinstance(names, list) and names else ""
+
+
+def task_type(config: Mapping[str, Any] | None) -> str | None:
+    """Return what peft calls the task of a model; None where it needs no name."""
+    name = architecture(config)
+    return next((task for end, task in TASKS.items() if name.endswith(end)), None)
+
+
+def core_prefix(config: Mapping[str, Any] | None, names: Iterable[str]) -> str:
+    """Return what stands before the names of files that a model without a head has written.
+
+    A program that loads such files into a model with a head finds them below one of its modules:
+    "h.0.attn.c_attn.weight" of GPT-2 is "transformer.h.0.attn.c_attn.weight".
+    """
+    name = architecture(config)
+    bare = name.endswith(("Model", "Encoder")) and not name.endswith("LMHeadModel")
+    if not name or bare:
+        return ""
+    core = _CORES.get(str((config or {}).get("model_type", "")))
+    names = list(names)
+    if any(name.startswith(f"{core or 'model'}.") for name in names):
+        return ""
+    cut = any(name.startswith(_BARE) for name in names)
+    return f"{core}." if core is not None else "model." if cut else ""
+
+
+def module_of(name: str, prefix: str) -> str:
+    """Return the path of the module that has a tensor, as programs see it."""
+    whole = name if not prefix or is_head(name) else prefix + name
+    return whole.rpartition(".")[0]
+
+
+def is_turned(config: Mapping[str, Any] | None, module: str) -> bool:
+    """Return whether a module stores its weight as (in, out)."""
+    kind = str((config or {}).get("model_type", ""))
+    return kind in _TURNED and module.rpartition(".")[2] in _TURNED_LEAVES
+
+
+def factored_kind(name: str, spec: TensorSpec) -> Kind | None:
+    """Return as what a tensor is factored; None for what has no low rank by its nature.
+
+    Weights of embeddings, heads and routers of experts have two axes too; depthwise convolutions
+    have one input each.
+    """
+    path, _, last = name.rpartition(".")
+    leaf = path.rpartition(".")[2]
+    if last != "weight" or not is_float(spec.dtype) or not spec.numel:
+        return None
+    if _TABLE.search(leaf) or leaf in _ROUTERS or is_head(name):
+        return None
+    if len(spec.shape) == 2:
+        return "linear"
+    return "convolution" if len(spec.shape) in _CONV_AXES and spec.shape[1] > 1 else None
+
+
+def short_targets(chosen: Collection[str], modules: Iterable[str]) -> list[str] | None:
+    """Return the last parts of chosen modules, if no other modules end with them; else None.
+
+    Args:
+        modules: All modules of the model.
+    """
+    leaves = {module.rpartition(".")[2] for module in chosen}
+    others = {module.rpartition(".")[2] for module in modules if module not in chosen}
+    return None if leaves & others else sorted(leaves)

@@ -1,0 +1,187 @@
+"""What a model has changed that has no low rank: stored whole, refused, or dropped."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from merge_kit.architecture.ties import embedding_for, is_head, is_tied
+from merge_kit.errors import MergeKitError, MismatchError
+from merge_kit.plan.extraction_names import architecture
+from merge_kit.plan.extraction_pairs import SHOWN, Pair
+from merge_kit.plan.models import Held, Model
+
+_PREFIX = "base_model.model."
+_HEADS = {"gpt_neox": "embed_out"}
+"""What programs call the head, by model_type; "lm_head" for all others."""
+
+
+@dataclass
+class Rest:
+    """What an adapter holds whole.
+
+    Attributes:
+        whole: Name in the adapter -> what is stored.
+        modules: modules_to_save.
+        biases: Whether biases are among it whose modules are not stored whole.
+        outside: Whether one of them is of a module that is not factored.
+        dropped: What is changed and left out.
+        errors: What is changed and must not be, or cannot be held.
+    """
+
+    whole: dict[str, Held] = field(default_factory=dict)
+    modules: list[str] = field(default_factory=list)
+    biases: bool = False
+    outside: bool = False
+    dropped: list[Pair] = field(default_factory=list)
+    errors: list[MergeKitError] = field(default_factory=list)
+
+
+def rest_of(
+    pairs: Sequence[Pair],
+    changed: Sequence[Pair],
+    choices: Mapping[str, str],
+    factored: Collection[str],
+    models: tuple[Model, Model],
+) -> Rest:
+    """Return what becomes of what is changed and has no low rank.
+
+    Args:
+        pairs: All tensors.
+        changed: Those that it is about.
+        choices: "save", "refuse" or "drop", by name.
+        factored: Modules whose weight is factored.
+        models: Base and model.
+    """
+    rest, tuned = Rest(), models[1].label
+    rest.dropped = [pair for pair in changed if choices[pair.name] == "drop"]
+    _refuse(rest, [pair.name for pair in changed if choices[pair.name] == "refuse"], tuned)
+    saved = [pair for pair in changed if choices[pair.name] == "save"]
+    modules = _Modules(pairs, factored)
+    chosen = modules.around({pair.module for pair in saved if pair.leaf != "bias"})
+    outcasts = [pair for pair in saved if pair.leaf != "bias" and not modules.holds(pair.module)]
+    clashes = [module for module in chosen if not modules.holds(module)]
+    tie = _Tie(*models, pairs, saved)
+    outcasts += tie.broken
+    _cannot(rest, list(dict.fromkeys([p.name for p in outcasts] + clashes)), tuned)
+    for module in chosen:
+        if modules.holds(module):
+            rest.modules.append(module)
+            for pair in modules.members(module):
+                assert pair.tuned is not None  # members have it
+                rest.whole[f"{_PREFIX}{module}.{pair.leaf}"] = pair.tuned
+    if tie.head is not None:
+        rest.modules.append(tie.head[0])
+        rest.whole[f"{_PREFIX}{tie.head[0]}.weight"] = tie.head[1]
+    for pair in saved:
+        if pair.leaf == "bias" and pair.module not in rest.modules and pair.tuned is not None:
+            inside = ".base_layer" if pair.module in factored else ""
+            rest.whole[f"{_PREFIX}{pair.module}{inside}.bias"] = pair.tuned
+            rest.biases, rest.outside = True, rest.outside or not inside
+    return rest
+
+
+class _Modules:
+    """The modules of a model, and which of them peft can put whole ones in place of."""
+
+    def __init__(self, pairs: Sequence[Pair], factored: Collection[str]) -> None:
+        self._factored = factored
+        self._members: dict[str, list[Pair]] = {}
+        for pair in pairs:
+            if pair.tuned is not None:
+                self._members.setdefault(pair.module, []).append(pair)
+        self._above = {above for module in self._members for above in _above(module)}
+
+    def members(self, module: str) -> Sequence[Pair]:
+        """Return the tensors of a module."""
+        return self._members[module]
+
+    def holds(self, module: str) -> bool:
+        """Return whether an adapter can hold a module whole: it has no modules inside."""
+        return module != "" and module not in self._above and module not in self._factored
+
+    def around(self, chosen: Collection[str]) -> list[str]:
+        """Return modules with all that peft takes for them: it compares the ends of names."""
+        ends = tuple(module for module in chosen if module)
+        return [m for m in self._members if ends and m.endswith(ends)]
+
+
+def _above(module: str) -> Iterator[str]:
+    """Yield the modules that a module is inside of."""
+    while module:
+        module = module.rpartition(".")[0]
+        yield module
+
+
+class _Tie:
+    """A head that is the embedding, which is stored whole: as two modules for peft.
+
+    Attributes:
+        head: The head's module and what it becomes, None if there is none to add.
+        broken: Changed embeddings that are more than one module, and that no adapter can hold.
+    """
+
+    def __init__(
+        self, base: Model, tuned: Model, pairs: Sequence[Pair], saved: Sequence[Pair]
+    ) -> None:
+        self.head: tuple[str, Held] | None = None
+        self.broken: list[Pair] = []
+        config = base.config or {}
+        if is_tied(base.config) is not True or any(is_head(pair.name) for pair in pairs):
+            return
+        head = _HEADS.get(str(config.get("model_type")), "lm_head")
+        embedding = embedding_for(f"{head}.weight", base.specs)
+        pair = next((pair for pair in saved if pair.name == embedding), None)
+        kind = architecture(base.config)
+        if pair is None or pair.tuned is None or not kind.endswith(_WITH_HEAD):
+            return
+        if config.get("is_encoder_decoder"):
+            self.broken.append(pair)
+        else:
+            self.head = head, pair.tuned
+        del tuned
+
+
+_WITH_HEAD = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+"""Ends of architectures that have a head over the vocabulary."""
+
+
+def _refuse(rest: Rest, names: Sequence[str], where: str) -> None:
+    if names:
+        rest.errors.append(
+            MismatchError(
+                f"{_listed(names)} changed and {_have(names)} no low rank",
+                where=where,
+                hint="rest: save (--rest save) stores them whole, rest: drop leaves them out",
+            )
+        )
+
+
+def _cannot(rest: Rest, names: Sequence[str], where: str) -> None:
+    if names:
+        rest.errors.append(
+            MismatchError(
+                f"{_listed(names)} changed, and no adapter of peft can hold {_it(names)}",
+                where=where,
+                hint="rest: drop (--rest drop) leaves them out",
+            )
+        )
+
+
+def _listed(names: Sequence[str]) -> str:
+    if len(names) == 1:
+        return f"{names[0]} is"
+    return f"{len(names)} tensors ({shown(names)}) are"
+
+
+def shown(names: Sequence[str]) -> str:
+    """Return the first of some names."""
+    return ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
+
+
+def _have(names: Sequence[str]) -> str:
+    return "has" if len(names) == 1 else "have"
+
+
+def _it(names: Sequence[str]) -> str:
+    return "it" if len(names) == 1 else "them"
