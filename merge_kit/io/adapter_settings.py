@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from merge_kit.core.patterns import NamePatterns
 from merge_kit.errors import CheckpointError
@@ -87,7 +87,7 @@ def read_settings(config: Mapping[str, Any], *, where: str) -> Settings:
     """
     check_supported(config, where=where)
     bias = config.get("bias", "none")
-    if bias not in {"none", "all", "lora_only"}:
+    if not isinstance(bias, str) or bias not in {"none", "all", "lora_only"}:
         raise _wrong("bias", bias, "none, all or lora_only", where)
     named, pattern = _targets(config, where)
     return Settings(
@@ -100,7 +100,7 @@ def read_settings(config: Mapping[str, Any], *, where: str) -> Settings:
         fan_in_fan_out=_flag(config, "fan_in_fan_out", where),
         dora=_flag(config, "use_dora", where),
         lora_bias=_flag(config, "lora_bias", where),
-        bias=bias,
+        bias=cast("Bias", bias),
         modules_to_save=_names(config, "modules_to_save", where),
         tokens=_tokens(config, where),
         target_modules=named,
