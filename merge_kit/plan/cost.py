@@ -13,7 +13,7 @@ from merge_kit.plan.process import process_bytes
 from merge_kit.plan.sources import Merged, Normed, Source, elements
 from merge_kit.plan.step_memory import float_bytes, flops, slab_bytes
 from merge_kit.plan.values import Bill, Step
-from merge_kit.plan.walk import merged_sources, operands, stored
+from merge_kit.plan.walk import merged_sources, operands, stored, with_parts
 
 CACHE_BYTES = 7_000_000
 """Floats of a slab that a worker works on best: larger ones leave the cache, smaller ones wait for
@@ -70,7 +70,7 @@ def sized(step: Step, blocks: int | None, known: dict[int, Merged] | None = None
 
 def _sized_source(source: Source, blocks: int | None, known: dict[int, Merged]) -> Source:
     if not isinstance(source, Merged):
-        return source
+        return with_parts(source, lambda part: _sized_source(part, blocks, known))
     if id(source) not in known:
         known[id(source)] = replace(source, step=sized(source.step, blocks, known))
     return known[id(source)]

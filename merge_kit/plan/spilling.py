@@ -5,13 +5,12 @@ Those are kept that are read in other ways than slab by slab, once.
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
-from typing import Any
+from dataclasses import replace
 
 from merge_kit.core.tensors import nbytes
-from merge_kit.plan.sources import Columns, Concat, Merged, Source, Sum, elements
+from merge_kit.plan.sources import Merged, Source, elements
 from merge_kit.plan.values import Step
-from merge_kit.plan.walk import operands, parts
+from merge_kit.plan.walk import operands, parts, with_parts
 
 _ALIGN = 4096
 
@@ -58,19 +57,7 @@ class Spills:
     def _source(self, source: Source) -> Source:
         if isinstance(source, Merged):
             return self._merged(source)
-        if not parts(source):
-            return source
-        if isinstance(source, Concat | Columns):
-            return replace(source, sources=tuple(self._source(s) for s in source.sources))
-        if isinstance(source, Sum):
-            terms = tuple((factor, self._source(part)) for factor, part in source.terms)
-            return replace(source, terms=terms)
-        changed: dict[str, Any] = {}
-        for entry in fields(source):
-            value = getattr(source, entry.name)
-            if isinstance(value, Source):
-                changed[entry.name] = self._source(value)
-        return replace(source, **changed)
+        return with_parts(source, self._source)
 
     def _merged(self, source: Merged) -> Merged:
         key = id(source.step)

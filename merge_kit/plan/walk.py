@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import fields, replace
+from typing import Any
 
 from merge_kit.plan.sources import (
     Columns,
@@ -57,6 +59,24 @@ def parts(source: Source) -> list[Source]:
             return [s for s in (source.source, source.left, source.right) if s is not None]
         case _:
             return []
+
+
+def with_parts(source: Source, change: Callable[[Source], Source]) -> Source:
+    """Return a source made of what its parts are changed to, itself if nothing changes."""
+    inside = parts(source)
+    made = {id(part): change(part) for part in inside}
+    if all(made[id(part)] is part for part in inside):
+        return source
+    changed: dict[str, Any] = {}
+    for entry in fields(source):
+        value = getattr(source, entry.name)
+        if entry.name == "sources":
+            changed[entry.name] = tuple(made[id(part)] for part in value)
+        elif entry.name == "terms":
+            changed[entry.name] = tuple((factor, made[id(part)]) for factor, part in value)
+        elif id(value) in made:
+            changed[entry.name] = made[id(value)]
+    return replace(source, **changed)
 
 
 def _inner(source: Source) -> Iterator[Merged]:

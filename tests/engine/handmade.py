@@ -51,7 +51,7 @@ def step(method, inputs, *, base=None, dtype="F32", shapes=None, name="x", compu
     )
 
 
-def plan(steps, *, blocks=None, workers=2, inputs=()) -> Plan:
+def plan(steps, *, blocks=None, workers=2, inputs=(), fits=()) -> Plan:
     """Return a plan with one shard."""
     specs = [target.spec for s in steps for target in s.outputs]
     header, offsets = build_header(specs)
@@ -62,11 +62,14 @@ def plan(steps, *, blocks=None, workers=2, inputs=()) -> Plan:
         placed.append(cost.sized(made, blocks))
     ends = [o + spec.nbytes for o, spec in zip(offsets, specs, strict=True)]
     shard = Shard("model.safetensors", header, max([len(header), *ends]))
-    bill = cost.bill(placed, workers, cost.peak_bytes(placed, workers, len(placed)))
+    looked_at = tuple(cost.sized(with_spills(s), blocks) for s in fits)
+    every = (*placed, *looked_at)
+    bill = cost.bill(every, workers, cost.peak_bytes(every, workers, len(every)))
     return Plan(
         method="test",
         steps=tuple(placed),
         whole_model=tuple(s for s in placed if model_scans(s)),
+        fits=looked_at,
         shards=(shard,),
         side_files=(),
         inputs=tuple(inputs),
