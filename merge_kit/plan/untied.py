@@ -42,7 +42,8 @@ def ties_of(model: Model) -> Ties:
     config, names = model.config or {}, model.tensors
     classes = config.get("architectures")
     first = str(classes[0]) if isinstance(classes, list) and classes else ""
-    if is_tied(model.config) is not True or first.endswith(_WITHOUT_HEAD):
+    known = first.endswith(_WITH_HEAD)
+    if is_tied(model.config) is not True or (first.endswith(_WITHOUT_HEAD) and not known):
         return Ties()
     head = head_name(names)
     embedding = embedding_for(head or _HEAD, model.specs)
@@ -51,7 +52,7 @@ def ties_of(model: Model) -> Ties:
     problem = ""
     if config.get("is_encoder_decoder") is True or embedding.endswith("shared.weight"):
         problem = "an encoder and a decoder share it"
-    elif head is None and not first.endswith(_WITH_HEAD):
+    elif head is None and not known:
         problem = "config.json names no class whose head is known"
     if head is not None:
         return Ties(embedding, head, {}, problem)
