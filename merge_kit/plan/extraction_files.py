@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Collection, Iterator, Sequence
 from typing import Literal
 
+from merge_kit.architecture.config import Edit, edit_config
 from merge_kit.architecture.vocab import is_tokenizer_file
 from merge_kit.plan.accounts import ingredients
 from merge_kit.plan.adapter_config import Bias, adapter_config_text
@@ -33,12 +33,10 @@ def files(
     stage: Stage, inputs: Inputs, pairs: Pairs, modules: Sequence[OutModule], rest: Rest
 ) -> tuple[SideFile, ...]:
     """Return the config, and the tokenizer of the model if it is there."""
-    new = {"peft_type": "LORA", "task_type": task_type(pairs.base.config), "inference_mode": True}
-    template = json.dumps({"base_model_name_or_path": None, "lora_dropout": 0.0, **new}, indent=2)
     kinds = {pair.module: pair for pair in pairs.pairs if pair.kind}
     bias: Bias = "all" if rest.outside else "lora_only" if rest.biases else "none"
     text = adapter_config_text(
-        template + "\n",
+        None,
         modules,
         base=_base_name(stage, inputs, pairs.base),
         targets=short_targets(
@@ -48,6 +46,8 @@ def files(
         bias=bias,
         transposed=any(kinds[one.module].turned for one in modules),
     )
+    task = Edit(("task_type",), task_type(pairs.base.config))
+    text = edit_config(text, [task], "adapter_config.json")
     lender = lends_files(pairs.tuned, inputs).checkpoint
     assert lender is not None  # lends_files
     names = [] if lender.is_file else [n for n in lender.side_files if is_tokenizer_file(n)]

@@ -90,6 +90,14 @@ def module_of(name: str, prefix: str) -> str:
     return whole.rpartition(".")[0]
 
 
+def module_now(module: str) -> str:
+    """Return the path that a module has today, where programs have renamed it since files had it.
+
+    For what is stored whole: peft translates the names of factors by itself.
+    """
+    return module.replace(".block_sparse_moe.", ".mlp.")
+
+
 def is_turned(config: Mapping[str, Any] | None, module: str) -> bool:
     """Return whether a module stores its weight as (in, out)."""
     kind = str((config or {}).get("model_type", ""))

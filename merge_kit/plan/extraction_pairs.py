@@ -12,7 +12,13 @@ from merge_kit.errors import MergeKitError, MismatchError
 from merge_kit.io.adapter_values import Kind
 from merge_kit.plan.adapter_names import match_names
 from merge_kit.plan.assemble import tied_embedding
-from merge_kit.plan.extraction_names import core_prefix, factored_kind, is_turned, module_of
+from merge_kit.plan.extraction_names import (
+    core_prefix,
+    factored_kind,
+    is_turned,
+    module_now,
+    module_of,
+)
 from merge_kit.plan.models import Held, Model
 
 SHOWN = 5
@@ -104,7 +110,8 @@ class Pairs:
             if name not in taken:
                 ours = tied_embedding(self.base, name, held.spec.shape) or ""
                 below = self.base.tensors[ours] if ours else None
-                yield Pair(name, module_of(name, prefix), below, held, ours, name)
+                module = module_now(module_of(name, prefix))
+                yield Pair(name, module, below, held, ours, name)
 
     def _own_prefix(self) -> str:
         """Return what programs put before the model's names."""
@@ -116,7 +123,7 @@ class Pairs:
         tuned = self.tuned.tensors[theirs] if theirs else None
         kind = factored_kind(name, base.spec)
         if tuned is None or kind is None:
-            return Pair(name, module, base, tuned, name, theirs)
+            return Pair(name, module_now(module), base, tuned, name, theirs)
         turned = kind == "linear" and is_turned(self.base.config, module)
         pair = Pair(name, module, base, tuned, name, theirs, kind, turned)
         if base.spec.shape != tuned.spec.shape:
