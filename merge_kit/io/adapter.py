@@ -13,9 +13,10 @@ from merge_kit.io.adapter_keys import read_key
 from merge_kit.io.adapter_parts import Parts, gather
 from merge_kit.io.adapter_refused import is_other_family
 from merge_kit.io.adapter_style import style_of
+from merge_kit.io.adapter_tokens import token_rows
 from merge_kit.io.adapter_updates import check_pairs, kind_of, linear_update
 from merge_kit.io.adapter_values import Adapter, Update
-from merge_kit.io.adapter_whole import token_rows, whole_tensors
+from merge_kit.io.adapter_whole import whole_tensors
 from merge_kit.io.families import STEMS, families
 from merge_kit.io.header import read_header
 from merge_kit.io.index import few

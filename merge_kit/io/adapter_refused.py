@@ -52,6 +52,7 @@ _HARMLESS = frozenset(
         *("trainable_token_indices", "target_parameters", "lora_bias", "init_lora_weights"),
         *("loftq_config", "eva_config", "corda_config", "lora_ga_config", "megatron_core"),
         *("qalora_group_size", "ensure_weight_tying", "runtime_config", "merge_weights"),
+        *("lora_dtype", "lorap_lr_ratio", "lorap_emb_lr", "loraplus_lr_ratio"),
     )
 )
 """Keys that are read elsewhere, or say how the adapter was trained or is found."""
@@ -62,6 +63,7 @@ _TENSORS: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         (r"(^|[._])hada_[wt]", "LoHa"),
         (r"(^|[._])lokr_[wt]", "LoKr"),
         (r"\.lora_(down|up)\.\d+\.", "a split change (split_dims)"),
+        (r"\.lora_[ab]$", "MLX's LoRA"),
         (r"\.lora_mid\.", "LoCon with a core tensor (lora_mid)"),
         (r"(^|[._])(oft_|boft_)|\.oft_?(R|blocks|diag)", "OFT"),
         (r"(^|[._])(ia3_l|on_input$)", "IA3"),

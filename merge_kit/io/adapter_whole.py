@@ -1,4 +1,4 @@
-"""Tensors that an adapter holds whole: saved modules, biases, embeddings, rows of tokens."""
+"""Tensors that an adapter holds whole: saved modules, biases, embeddings."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from merge_kit.core.tensors import StoredTensor
 from merge_kit.errors import CheckpointError
 from merge_kit.io.adapter_bytes import same_bytes
 from merge_kit.io.adapter_settings import Settings
-from merge_kit.io.adapter_values import Saved, TokenRows
+from merge_kit.io.adapter_values import Saved
 from merge_kit.io.strict_json import shown
 
 _WRAPPED = re.compile(r"\.(?:token_adapter\.)?base_layer(?=\.[^.]+$)")
@@ -110,33 +110,3 @@ def _unexplained(tensor: StoredTensor) -> CheckpointError:
     problem = "is neither a low-rank factor nor a tensor that the config says is saved whole"
     hint = "if it replaces the base's, name its module under modules_to_save in the config"
     return CheckpointError(problem, where=where, hint=hint)
-
-
-def token_rows(
-    tokens: Mapping[str, StoredTensor], settings: Settings | None, where: str
-) -> tuple[TokenRows, ...]:
-    """Return the rows of embeddings that an adapter holds, with the tokens that they are of.
-
-    Raises:
-        CheckpointError: If rows and `trainable_token_indices` do not fit.
-    """
-    known = dict(settings.tokens) if settings is not None else {}
-    rows, used = [], set()
-    for module, tensor in tokens.items():
-        end = next((end for end in known if module.endswith(end)), None)
-        if end is None or (end == "" and len(tokens) > 1):
-            what = f"rows of {shown(module)} are there, and trainable_token_indices name no tokens"
-            raise CheckpointError(f"{what} for them", where=where, hint="fetch the config again")
-        used.add(end)
-        if len(tensor.spec.shape) != 2 or tensor.spec.shape[0] != len(known[end]):
-            problem = f"tensor {shown(tensor.spec.name)} has shape {list(tensor.spec.shape)}"
-            problem += f", and trainable_token_indices name {len(known[end])} tokens"
-            raise CheckpointError(problem, where=where, hint="fetch config and weights again")
-        rows.append(TokenRows(module, known[end], tensor))
-    held = {row.tokens for row in rows}
-    absent = [end for end in known if end not in used and known[end] not in held]
-    if absent:  # the head of a tied model has the rows of its embedding
-        problem = f"trainable_token_indices name rows of {absent[0] or 'the embedding'!r}"
-        problem += ", which the file lacks"
-        raise CheckpointError(problem, where=where, hint="fetch config and weights again")
-    return tuple(rows)

@@ -215,6 +215,15 @@ FAULTY = {
         {},
         "name no tokens",
     ),
+    "rows of two embeddings": (
+        {
+            **LINEAR,
+            "e.token_adapter.trainable_tokens_delta": np.zeros((1, 8), np.float32),
+            "h.token_adapter.trainable_tokens_delta": np.ones((1, 8), np.float32),
+        },
+        {"trainable_token_indices": [1]},
+        "rows of 'e' and 'h' differ",
+    ),
     "rows of other tokens": (
         {**LINEAR, "e.token_adapter.trainable_tokens_delta": (2, 8)},
         {"trainable_token_indices": [1, 2, 3]},
@@ -231,6 +240,7 @@ FAULTY = {
     "quantised": ({**LINEAR, "l.q_proj.base_layer.qweight": (6, 8)}, {}, "quantisation"),
     "AdaLoRA": ({**LINEAR, "l.q_proj.lora_E": (2, 1)}, {}, "AdaLoRA"),
     "KaSA": ({**LINEAR, "l.q_proj.lora_diag": (2,)}, {}, "KaSA"),
+    "MLX": ({"l.q_proj.lora_a": (8, 2), "l.q_proj.lora_b": (2, 6)}, {}, "MLX's LoRA"),
     "prompt tuning": ({"prompt_embeddings": (4, 8)}, {}, "prompt tuning"),
     "experts of another rank": (
         {"e.lora_A.weight": (5, 8), "e.lora_B.weight": (6, 5)},

@@ -274,6 +274,27 @@ def test_embeddings_that_have_grown_are_saved_whole(tmp_path):
     assert {one.tensor: one.why for one in saved} == dict.fromkeys(grown, "modules_to_save")
 
 
+def test_embeddings_that_are_saved_on_demand_are_told_from_their_wrappers(tmp_path):
+    rows, whole = (2, 8), (9, 8)
+    tied = {"head.token_adapter.trainable_tokens_delta": rows}
+    saved = {
+        "e.token_adapter.base_layer.weight": whole,
+        "e.token_adapter.trainable_tokens_delta": rows,
+    }
+    write_folder(tmp_path, LINEAR | saved | tied, trainable_token_indices=[4, 2])
+    adapter = open_adapter(tmp_path)
+    assert [(one.tensor, one.why) for one in adapter.saved] == [("e.weight", "base_layer")]
+    assert {(one.module, one.tokens) for one in adapter.rows} == {("e", (4, 2)), ("head", (4, 2))}
+
+
+def test_a_saved_embedding_comes_once_however_often_it_is_written(tmp_path):
+    copies = {f"e.{name}weight": (9, 8) for name in ("", "modules_to_save.", "original_module.")}
+    write_folder(tmp_path, LINEAR | copies, modules_to_save=["e"])
+    adapter = open_adapter(tmp_path)
+    assert [one.tensor for one in adapter.saved] == ["e.weight"]
+    assert len(adapter.dropped) == 2
+
+
 @pytest.mark.parametrize("prefix", ["base_model.model.", ""])
 @pytest.mark.parametrize("label", ["", ".default", ".mine"])
 def test_older_spellings_are_read(tmp_path, prefix, label):
