@@ -20,6 +20,12 @@ def pair(rank: int, shape: tuple[int, int], seed: int = 0) -> Pair:
     return a.double(), b.double()
 
 
+def diagonal(*values: float) -> Pair:
+    """Return factors of the diagonal matrix of these values."""
+    size = len(values)
+    return torch.diag(torch.tensor(values, dtype=torch.float64)), torch.eye(size).double()
+
+
 def change(one: Pair) -> Tensor:
     return one[1] @ one[0]
 

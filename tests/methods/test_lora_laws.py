@@ -9,13 +9,22 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from merge_kit.errors import ParameterError
+from merge_kit.errors import SolveError
 from merge_kit.methods.base import PerModel
 from merge_kit.methods.lora_concat import LoraConcat
 from merge_kit.methods.lora_knots import LoraKnots
 from merge_kit.methods.lora_linear import LoraLinear
 from merge_kit.methods.lora_svd import LoraSvd
-from tests.methods.factor_slabs import change, close, factor_slab, made, pair, summed, total
+from tests.methods.factor_slabs import (
+    change,
+    close,
+    diagonal,
+    factor_slab,
+    made,
+    pair,
+    summed,
+    total,
+)
 
 SHAPES = [(40, 30), (9, 200), (200, 9), (1, 30), (30, 1), (1, 1), (12, 12)]
 WEIGHTS = (0.5, -2.0, 1.25)
@@ -31,12 +40,6 @@ def three(shape):
 
 def lengths(pairs, weights) -> float:
     return sum(abs(w) * float(change(p).norm()) for p, w in zip(pairs, weights, strict=True))
-
-
-def diagonal(*values):
-    """Return factors of the diagonal matrix of these values."""
-    size = len(values)
-    return torch.diag(torch.tensor(values, dtype=torch.float64)), torch.eye(size).double()
 
 
 @every_sum
@@ -173,33 +176,6 @@ def test_what_a_rank_has_more_than_the_change_is_zeros(method):
     assert a[:15].norm(dim=1).min() > 0
 
 
-def test_adapters_that_share_a_factor_come_out_at_the_rank_of_one():
-    (a, b), (_, other) = pair(4, (40, 30)), pair(4, (40, 30), seed=1)
-    for pairs in ([(a, b), (a, other)], [(a, b), (other.T[:, :30], b)]):
-        slab = factor_slab(pairs, (0.5, -2.0), (4,), "F32")
-        assert LoraLinear().fit(slab, {})[0].rank == 4
-        found, wanted = summed(LoraLinear(), pairs, (0.5, -2.0), 4), total(pairs, (0.5, -2.0))
-        assert close(found, wanted, float(wanted.norm()))
-
-
-def test_what_differs_by_the_rounding_of_float32_counts_as_shared():
-    a, b = pair(4, (40, 30))
-    again = ((a / 3).float().double(), (b * 3).float().double())
-    slab = factor_slab([(a, b), again], (1.0, 1.0), dtype="F32")
-    assert LoraLinear().fit(slab, {})[0].rank == 4
-    apart = (a + 1e-5 * torch.randn(a.shape, generator=torch.Generator().manual_seed(1)), b)
-    slab = factor_slab([(a, b), apart], (1.0, -1.0), dtype="F32")
-    assert LoraLinear().fit(slab, {})[0].rank == 4  # a small difference is one
-
-
-def test_float64_keeps_what_float32_would_round_away():
-    pairs = [diagonal(1.0, 2.0**-30, 2.0**-50)]
-    ranks = [
-        LoraLinear().fit(factor_slab(pairs, (1.0,), dtype=d), {})[0].rank for d in ("F32", "F64")
-    ]
-    assert ranks == [1, 2]
-
-
 def test_factors_have_numbers_of_one_size_and_one_sign():
     ((a, b),) = made(LoraSvd(), factor_slab(three((40, 30)), WEIGHTS, (15,)))
     values = torch.linalg.svdvals(total(three((40, 30)), WEIGHTS))[:15]
@@ -221,6 +197,18 @@ def test_factors_that_are_not_finite_give_nan_for_the_engine_to_find(method, bad
     assert isnan(method.fit(slab, {})[0].norm)
 
 
+@every
+def test_a_decomposition_that_fails_is_an_error_that_names_the_tensor(monkeypatch, method):
+    def fails(*_arguments, **_options):
+        raise torch.linalg.LinAlgError("did not converge")
+
+    monkeypatch.setattr(torch.linalg, "svd", fails)
+    with pytest.raises(SolveError, match="did not converge") as caught:
+        method.merge(factor_slab(three((40, 30)), WEIGHTS, (5,)), {})
+    assert caught.value.where == "x.lora_A.weight"
+    assert "lora_concat" in caught.value.hint
+
+
 @pytest.mark.parametrize("size", [1e-30, 1e-18, 1e18, 1e30])
 @every
 def test_tiny_and_huge_factors_keep_their_digits(method, size):
@@ -230,34 +218,6 @@ def test_tiny_and_huge_factors_keep_their_digits(method, size):
     assert close(
         summed(method, pairs, WEIGHTS, 15) / size, method_at_one, lengths(three((40, 30)), WEIGHTS)
     )
-
-
-def test_the_mean_divides_by_the_sum_of_all_weights():
-    method = LoraLinear(weight=PerModel([3.0, 1.0]), normalize=True)
-    assert method.coefficients((3.0, 1.0)) == (0.75, 0.25)
-    assert LoraLinear().coefficients((3.0, 1.0)) == (3.0, 1.0)
-    assert method.coefficients((0.0, 0.0)) == (0.0, 0.0)
-    with pytest.raises(ParameterError, match="sums to 0"):
-        method.coefficients((1.0, -1.0))
-    with pytest.raises(ParameterError, match="sums to 0"):
-        LoraLinear(weight=PerModel([1.0, -1.0]), normalize=True)
-
-
-def test_the_variant_of_peft_adds_factors_and_so_all_cross_terms():
-    (a, b), (c, d) = pair(4, (40, 30)), pair(4, (40, 30), seed=1)
-    found = summed(LoraLinear(variant="peft"), [(a, b), (c, d)], (0.25, -4.0), 4)
-    wanted = 0.25 * b @ a - 4.0 * d @ c - b @ c + d @ a  # sqrt(0.25 * 4) = 1
-    assert close(found, wanted, float(wanted.norm()))
-
-
-def test_the_variant_of_peft_wants_one_rank_and_scales_in_both_factors():
-    method = LoraLinear(variant="peft")
-    assert method.splits_scales()
-    assert not method.is_fitted()
-    assert method.rank_bound((4, 4), (40, 30)) == 4
-    with pytest.raises(ParameterError, match="4, 8") as caught:
-        method.rank_bound((4, 8), (40, 30))
-    assert "exact" in caught.value.hint
 
 
 BOUNDS = [
