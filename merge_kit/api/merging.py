@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from merge_kit.core.sizes import parse_size
 from merge_kit.engine.progress import Progress
 from merge_kit.plan.build import build_plan, package_version
-from merge_kit.plan.values import Plan, SideFile
+from merge_kit.plan.values import Fitted, Plan, SideFile
 from merge_kit.publish.card import model_card
 from merge_kit.publish.manifest import manifest
 from merge_kit.publish.side_files import write_side_files
@@ -134,6 +134,9 @@ def merge(  # noqa: PLR0913  (every option has a name)
     with stage(folder, overwrite=overwrite, inputs=roots, identity=planned.identity) as staging:
         from merge_kit.engine.run import run_plan  # noqa: PLC0415  (torch, only when it is needed)
 
+        if planned.fits:
+            fitted = _fit(planned, staging.folder, allow_nonfinite, on_progress, stop)
+            planned = build_plan(read, threads=threads, memory_bytes=limit, fitted=fitted)
         report = run_plan(
             planned,
             staging.folder,
@@ -142,10 +145,33 @@ def merge(  # noqa: PLR0913  (every option has a name)
             on_progress=on_progress,
             stop=stop,
         )
+        report = _by_module(report, planned)
         write_side_files(staging.folder, planned.side_files)
         _describe(staging.folder, planned, read, report)
         staging.commit(sync=sync)
     return Merge(folder, planned, report)
+
+
+def _fit(
+    planned: Plan,
+    folder: Path,
+    allow_nonfinite: bool,
+    on_progress: Callable[[Progress], None] | None,
+    stop: threading.Event | None,
+) -> tuple[Fitted, ...]:
+    """Look at the weights for what the layout depends on, or go on doing so."""
+    from merge_kit.engine.fit import fit_plan  # noqa: PLC0415  (torch, only when it is needed)
+
+    return fit_plan(
+        planned, folder, allow_nonfinite=allow_nonfinite, on_progress=on_progress, stop=stop
+    )
+
+
+def _by_module(report: Report, planned: Plan) -> Report:
+    """Return a report whose facts go by modules instead of tensors."""
+    modules = {rank.tensor: rank.key for rank in planned.ranks if rank.tensor}
+    facts = {modules.get(key, key): found for key, found in report.facts.items()}
+    return replace(report, facts=facts)
 
 
 def output_folder(recipe: Recipe, output: str | Path | None = None) -> Path:
@@ -167,8 +193,11 @@ def _describe(folder: Path, planned: Plan, recipe: Recipe, report: Report) -> No
         hashes=report.hashes,
         nonfinite=report.nonfinite,
         saturated=report.saturated,
+        facts=report.facts,
         versions={"merge_kit": package_version("merge_kit"), **versions()},
     )
-    card = model_card(planned, recipe_text=recipe.text, nonfinite=report.nonfinite)
+    card = model_card(
+        planned, recipe_text=recipe.text, nonfinite=report.nonfinite, facts=report.facts
+    )
     files = [SideFile("merge_kit.json", text=text), SideFile("README.md", text=card)]
     write_side_files(folder, files)

@@ -8,8 +8,10 @@ import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from merge_kit import api
+from merge_kit.cli import extraction_table
 from merge_kit.cli.options import Planning
 from merge_kit.cli.planning import output_of, print_summary
 from merge_kit.cli.progress import Bar, Lines, Quiet
@@ -19,6 +21,7 @@ from merge_kit.cli.text import print_json_line
 from merge_kit.core.sizes import format_size
 from merge_kit.errors import InterruptedRun
 from merge_kit.plan.describe import counts_line, plural
+from merge_kit.plan.describe_adapters import residual_table
 from merge_kit.plan.values import Plan
 
 
@@ -44,7 +47,11 @@ class Choices:
 
 def run_recipe(recipe: Path, output: Path | None, choices: Choices, planning: Planning) -> None:
     """Plan, say so, merge, and say what was done."""
-    place = output_of(recipe, planning, output)
+    run_into(recipe, output_of(recipe, planning, output), choices, planning)
+
+
+def run_into(recipe: api.RecipeLike, place: Path, choices: Choices, planning: Planning) -> None:
+    """Run a recipe whose output goes to a place, and say so."""
     merge = _merge(recipe, place, choices, planning)
     if choices.speaks_json:
         print_json_line(_result(merge))
@@ -64,7 +71,7 @@ def _load_engine() -> None:
         gc.enable()
 
 
-def _merge(recipe: Path, place: Path, choices: Choices, planning: Planning) -> api.Merge:
+def _merge(recipe: api.RecipeLike, place: Path, choices: Choices, planning: Planning) -> api.Merge:
     def show(plan: Plan) -> None:
         if not choices.speaks_json:
             print_summary(plan, place)
@@ -90,9 +97,10 @@ def _merge(recipe: Path, place: Path, choices: Choices, planning: Planning) -> a
             raise InterruptedRun(stop.signal or exc.signal, where=exc.where, hint=hint) from exc
 
 
-def _result(merge: api.Merge) -> dict[str, str | int | float]:
+def _result(merge: api.Merge) -> dict[str, Any]:
     merged, copied, dropped = merge.plan.counts()
     report = merge.report
+    missed = {"missed": extraction_table.as_json(merge)} if _extracts(merge) else {}
     return {
         "output": str(merge.output),
         "seconds": report.seconds,
@@ -102,6 +110,7 @@ def _result(merge: api.Merge) -> dict[str, str | int | float]:
         "peak_bytes": report.peak_bytes,
         "bytes_read": report.bytes_read,
         "bytes_written": report.bytes_written,
+        **missed,
     }
 
 
@@ -110,14 +119,21 @@ def _closing_lines(merge: api.Merge) -> list[str]:
     moved = report.bytes_read + report.bytes_written
     rate = format_size(round(moved / report.seconds)) if report.seconds > 0 else "-"
     peak, promised = format_size(report.peak_bytes), format_size(plan.bill.peak_bytes)
+    made = residual_table(report.facts, plan)
+    missed = extraction_table.lines(merge) if _extracts(merge) else made
     resumed = [f"went on from an earlier run that had finished {report.resumed:,} steps"]
     return [
+        *missed,
         counts_line(plan),
         *(resumed if report.resumed else []),
         f"{report.seconds:.1f} s, {rate}/s read and written, peak memory {peak} of {promised}",
         f"output: {merge.output}",
         f"verify: mergekit verify {shlex.quote(str(merge.output))}",
     ]
+
+
+def _extracts(merge: api.Merge) -> bool:
+    return merge.plan.method == extraction_table.METHOD
 
 
 def _warn(what: str, counts: Mapping[str, int]) -> None:

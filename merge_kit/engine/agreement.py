@@ -1,9 +1,10 @@
-"""Integer and bool tensors have no average: they must be the same in every model."""
+"""Tensors that must be the same in every model: integers, and what adapters hold whole."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+from merge_kit.core.dtypes import is_float
 from merge_kit.core.tensors import ByteSpan
 from merge_kit.errors import MergeKitError, MismatchError, raise_all
 from merge_kit.io.reader import Reader
@@ -14,7 +15,7 @@ _PIECE = 1 << 20
 
 
 def check_agreement(reader: Reader, steps: Sequence[Step]) -> None:
-    """Check, before anything is merged, that copied integer tensors are equal in all models.
+    """Check, before anything is merged, that tensors are equal which stand for one another.
 
     Raises:
         MismatchError: If two differ, naming the tensor and both models; all such in one list.
@@ -33,6 +34,13 @@ def check_agreement(reader: Reader, steps: Sequence[Step]) -> None:
 
 def _differ(step: Step, model: str) -> MismatchError:
     spec = step.outputs[0].spec
+    if is_float(spec.dtype):  # what adapters hold whole
+        return MismatchError(
+            f"{step.models[0]} and {model} hold it whole, with different values",
+            where=step.outputs[0].key,
+            hint="set parameters: {saved: first} to take it from the first of them or {saved: "
+            "mean} to average it, or leave one of the two out",
+        )
     return MismatchError(
         f"{spec.dtype} values differ between {step.models[0]} and {model}, and cannot be averaged",
         where=step.outputs[0].key,

@@ -75,7 +75,7 @@ class Compressor:
             ranks = [term.change.update.rank for term in one.counting]
             rank = max(1, one.method.rank_bound(ranks, one.module.shape))
             if one.method.is_fitted() and self._fitted is not None:
-                rank = self._fitted[full_name(one.use.folder, one.module.name)].rank
+                rank = self._fitted[full_name(one.use.folder, module_names(one.module).a)].rank
             if rank:
                 found.append(Ranked(one, rank))
             else:

@@ -157,7 +157,7 @@ def _patched(template: str, values: Mapping[str, Any]) -> str:
 def _says(config: Mapping[str, Any], key: str, value: Any) -> bool:
     """Return whether a config means a value already, perhaps by another way of writing it."""
     if key not in config:
-        return value in (None, False, {}, "none") or (key, value) == ("init_lora_weights", True)
+        return value in (None, False, "none") or key in ("init_lora_weights", "loftq_config")
     found = config[key]
     if (found is None or value is None) and key != "target_modules":
         return not found and not value and not isinstance(found, int | str)

@@ -135,7 +135,8 @@ class Modules:
         self.out.append(
             OutModule(folder, name, one.module.kind, rank, scale, biased, magnitude=magnitude)
         )
-        self.ranks.append(ModuleRank(full_name(folder, name), rank, fitted))
+        a = full_name(folder, module_names(one.module).a)
+        self.ranks.append(ModuleRank(full_name(folder, name), rank, fitted, a))
 
     def add(self, step: Step) -> None:
         """Add a step."""

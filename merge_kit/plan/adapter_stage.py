@@ -177,11 +177,11 @@ def _plan(
             findings.problem(RecipeError(error.problem, where=where, hint=error.hint))
         except MergeKitError as error:
             findings.problem(error)
+    _fill(modules, made)
     files: list[SideFile] = []
     for one in made:
         files += _files(one, modules, terms, findings)
     findings.raise_any()
-    _nothing_left(modules)
     _left_out(modules, made)
     return AdapterPlan(
         steps=tuple(modules.steps),
@@ -236,21 +236,13 @@ def _files(made: _Made, modules: Modules, terms: Terms, findings: Findings) -> l
     return [config, *beside]
 
 
-def _nothing_left(modules: Modules) -> None:
-    """Refuse an adapter that changes nothing.
-
-    Raises:
-        PlanError: If a look at the weights has left no module.
-    """
+def _fill(modules: Modules, made: Sequence[_Made]) -> None:
+    """Give an adapter its modules, with zeros, where a look at the weights has left none."""
     filled = {one.folder for one in modules.out}
-    for folder, _ in modules.unchanged:
-        if folder not in filled:
-            named = f"{folder}: " if folder else ""
-            raise PlanError(
-                f"{named}the adapters cancel: no module is changed",
-                where=str(modules.stage.mark),
-                hint="choose other weights",
-            )
+    for one in made:
+        if one.use.folder not in filled:
+            for combination in one.combinations:
+                modules.nothing(combination)
 
 
 def _left_out(modules: Modules, made: Sequence[_Made]) -> None:

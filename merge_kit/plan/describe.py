@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from merge_kit.core.sizes import format_count, format_size
+from merge_kit.plan.describe_adapters import adapter_lines
 from merge_kit.plan.values import Bill, Plan, PlanInput, SideFile
 
 FLOPS = 20e9
@@ -66,7 +67,7 @@ def summary(plan: Plan, free_bytes: int | None) -> list[Row]:
         Row("tensors", counts_line(plan)),
         *labelled("merged", [f"{count:,} by {m}" for m, count in merged_by_method(plan).items()]),
         *labelled("dropped", _dropped(plan)),
-        Row("model", _model(plan)),
+        *([Row("model", _model(plan))] if not plan.ranks else labelled("adapter", _adapters(plan))),
         Row("dtypes", ", ".join(f"{name} {count:,}" for name, count in plan.dtypes) or "none"),
         *labelled("side files", _side_files(plan.side_files)),
         *_costs(plan, free_bytes),
@@ -104,6 +105,11 @@ def _model(plan: Plan) -> str:
     if plan.layers is not None:
         known.append(plural(plan.layers, "layer"))
     return ", ".join([*known, f"{format_count(plan.parameters)} parameters"])
+
+
+def _adapters(plan: Plan) -> list[str]:
+    """Return the ranks of each adapter that is made, and the size of all."""
+    return [*adapter_lines(plan), f"{format_count(plan.parameters)} parameters"]
 
 
 def _side_files(files: Sequence[SideFile]) -> list[str]:

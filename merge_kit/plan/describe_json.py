@@ -41,6 +41,8 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         "layer_map": _value(plan.layer_map, files),
         "steps": _value(plan.steps, files),
         "fates": _value(plan.fates, files),
+        "ranks": _value(plan.ranks, files),
+        "fits": [step.outputs[0].key for step in plan.fits],
         "notes": list(plan.notes),
     }
 

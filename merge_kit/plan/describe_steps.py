@@ -68,19 +68,28 @@ def rule_lines(plan: Plan) -> list[str]:
     """Return one line for each output tensor: its name, what is done, and from what."""
     files, labels = file_keys(plan), _labels(plan)
     return [
-        f"{target.key}: {_rule(step, files, labels)}"
+        f"{target.key}: {_rule(step, i, files, labels)}"
         for step in plan.steps
-        for target in step.outputs
+        for i, target in enumerate(step.outputs)
     ]
 
 
-def _rule(step: Step, files: Mapping[Path, str], labels: Mapping[str, str]) -> str:
+def _weights(step: Step, output: int) -> tuple[float, ...]:
+    """Return the weights that count for one output: of several adapters each has its own."""
+    count = len(step.models)
+    if step.shape is None or len(step.weights) == count:
+        return step.weights
+    start = output // 2 * count  # outputs are pairs, a and b
+    return step.weights[start : start + count]
+
+
+def _rule(step: Step, output: int, files: Mapping[Path, str], labels: Mapping[str, str]) -> str:
     note = f" ({step.note})" if step.note else ""
     operands = [labels.get(model, model) for model in step.models]
     if step.method is None:
         return f"copy {', '.join(operands)}{note}"
     if step.weights and "weight" in arguments(step.method):
-        pairs = zip(operands, step.weights, strict=True)
+        pairs = zip(operands, _weights(step, output), strict=True)
         operands = [f"{model} * {weight:g}" for model, weight in pairs]
     if step.base is not None:
         base = origin(step.base, files)

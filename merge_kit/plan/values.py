@@ -140,11 +140,14 @@ class ModuleRank:
         key: Module's path, with the adapter's folder in front where there are several.
         rank: The rank, an upper bound while `fitted` is wanted and not yet known.
         fitted: Whether it depends on the weights.
+        tensor: Key of the target that is its a: what a look at the weights, and what a run finds
+            worth knowing, go by.
     """
 
     key: str
     rank: int
     fitted: bool = False
+    tensor: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +155,7 @@ class Fitted:
     """What a look at the weights of a step found, for one of the adapters that it makes.
 
     Attributes:
-        key: As in `ModuleRank`.
+        key: As `ModuleRank.tensor`.
         rank: The rank; 0 means that nothing is changed and the module is left out.
         norm: Frobenius norm of the change.
     """

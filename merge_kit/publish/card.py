@@ -13,6 +13,7 @@ from merge_kit.methods.registry import find
 from merge_kit.plan.describe import counts_line, merged_by_method, plural
 from merge_kit.plan.describe_steps import layer_lines
 from merge_kit.plan.values import Plan, PlanInput
+from merge_kit.publish.adapter_card import adapter_bases, is_adapter, rank_lines
 from merge_kit.publish.markdown import code, fence, plain, prose, table
 from merge_kit.publish.recipes import portable_recipe
 from merge_kit.publish.references import without_homes
@@ -25,23 +26,32 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 _SOURCE = re.compile(r"^Source:(.*(?:\n[ \t]+\S.*)*)", re.MULTILINE)
 
 
-def model_card(plan: Plan, *, recipe_text: str, nonfinite: Mapping[str, int]) -> str:
+def model_card(
+    plan: Plan,
+    *,
+    recipe_text: str,
+    nonfinite: Mapping[str, int],
+    facts: Mapping[str, Mapping[str, float]] | None = None,
+) -> str:
     """Return the text of the card: front matter, then what was merged and how.
 
     Args:
         recipe_text: The recipe as YAML; paths in it are replaced.
         nonfinite: NaN and infinities that were written, by the tensor's key.
+        facts: See `Report.facts`.
     """
+    noun = "adapter" if is_adapter(plan) and not _has_base(plan) else "model"
     lines = [
         *_front_matter(plan),
         "",
         f"# Merge of {_listed([_name(model) for model in plan.inputs])}",
         "",
-        f"Made by merge_kit from {plural(len(plan.inputs), 'model')}, without training.",
+        f"Made by merge_kit from {plural(len(plan.inputs), noun)}, without training.",
         *_section("Method", _method(plan)),
         *_section("Models", _models(plan)),
         *_section("Layers", _layers(plan)),
         *_section("Recipe", _recipe(plan, recipe_text)),
+        *_section("Ranks", rank_lines(plan, facts or {}) if is_adapter(plan) else []),
         *_section("Result", [f"- {line}" for line in _result(plan, nonfinite)]),
     ]
     return "\n".join(lines) + "\n"
@@ -49,15 +59,26 @@ def model_card(plan: Plan, *, recipe_text: str, nonfinite: Mapping[str, int]) ->
 
 def _front_matter(plan: Plan) -> list[str]:
     bases = [m.hub_id for m in plan.inputs if m.hub_id and _HUB_ID.fullmatch(m.hub_id)]
+    adapter = is_adapter(plan)
+    if adapter:
+        bases = adapter_bases(plan)
     entries: dict[str, str | list[str]] = {}
     if bases:
         entries["base_model"] = list(dict.fromkeys(bases))
-    entries["base_model_relation"] = "merge"
-    if plan.architecture:  # `model_type` of config.json, which transformers goes by
+    if bases or not adapter:
+        entries["base_model_relation"] = "adapter" if adapter else "merge"
+    if adapter:
+        entries["library_name"] = "peft"
+    elif plan.architecture:  # `model_type` of config.json, which transformers goes by
         entries["library_name"] = "transformers"
-    entries["tags"] = list(dict.fromkeys(["merge", "merge_kit", plan.method]))
+    tags = ["lora"] if adapter else []
+    entries["tags"] = list(dict.fromkeys([*tags, "merge", "merge_kit", plan.method]))
     text: str = yaml.safe_dump(entries, sort_keys=False, allow_unicode=True)
     return ["---", *text.rstrip("\n").split("\n"), "---"]
+
+
+def _has_base(plan: Plan) -> bool:
+    return any(model.is_base for model in plan.inputs)
 
 
 def _section(title: str, lines: Sequence[str]) -> list[str]:

@@ -9,13 +9,14 @@ import json
 import re
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
 from merge_kit.errors import CheckpointError
 from merge_kit.io.small_files import read_bytes
 from merge_kit.io.strict_json import is_printable, parse_object, shown
+from merge_kit.plan.describe_adapters import residuals
 from merge_kit.plan.values import Plan, PlanInput, SideFile
 from merge_kit.publish.failures import reading
 from merge_kit.publish.recipes import portable_recipe, recipe_hash
@@ -65,6 +66,21 @@ class Counts:
 
 
 @dataclass(frozen=True, slots=True)
+class Residual:
+    """What the factors of one module miss of the change that was asked for.
+
+    Attributes:
+        relative: Its Frobenius norm, over that of the change; 0 where there is no change.
+        norm: That of the change.
+    """
+
+    __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
+
+    relative: float
+    norm: float
+
+
+@dataclass(frozen=True, slots=True)
 class Manifest:
     """The record of a merge.
 
@@ -78,6 +94,8 @@ class Manifest:
         nonfinite: Key -> NaN and infinities that were written.
         saturated: Key -> values beyond the output dtype.
         statistics: Files that models were weighed by.
+        ranks: Module of an adapter that was made -> its rank; of one expert, for experts.
+        residuals: Module whose factors were computed -> what they miss.
     """
 
     __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
@@ -96,14 +114,17 @@ class Manifest:
     nonfinite: dict[str, int]
     saturated: dict[str, int]
     statistics: tuple[InputRecord, ...] = ()
+    ranks: dict[str, int] = field(default_factory=dict)
+    residuals: dict[str, Residual] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for file in (*self.files, *self.side_files):
             if not is_inside(file.name) or not is_printable(file.name):
                 raise ValueError(f"the file {shown(file.name)} is not in the folder")
-        for key, value in self.tensors.items():
+        for key in (*self.tensors, *self.ranks, *self.residuals):
             if not is_printable(key):
                 raise ValueError(f"the name {shown(key)} cannot be printed")
+        for key, value in self.tensors.items():
             if not _HASH.fullmatch(value):
                 raise ValueError(f"the hash of {shown(key)} is {shown(value)}, expected 32 digits")
 
@@ -116,6 +137,7 @@ def manifest(
     nonfinite: Mapping[str, int],
     saturated: Mapping[str, int],
     versions: Mapping[str, str],
+    facts: Mapping[str, Mapping[str, float]] | None = None,
 ) -> str:
     """Return the text of merge_kit.json.
 
@@ -125,6 +147,7 @@ def manifest(
         nonfinite: NaN and infinities written, by the tensor's key.
         saturated: Values beyond the output dtype, by the tensor's key.
         versions: Of merge_kit and torch, and the CPU capability.
+        facts: See `Report.facts`.
     """
     record = Manifest(
         format=FORMAT,
@@ -141,6 +164,8 @@ def manifest(
         nonfinite=dict(nonfinite),
         saturated=dict(saturated),
         statistics=tuple(_input(one) for one in plan.statistics),
+        ranks={rank.key: rank.rank for rank in plan.ranks},
+        residuals={one.key: Residual(one.relative, one.norm) for one in residuals(facts or {})},
     )
     return json.dumps(asdict(record), indent=1, sort_keys=True, ensure_ascii=True) + "\n"
 

@@ -176,7 +176,8 @@ class Staging:
     def _leave(self) -> None:
         """Keep the folder if the next run can go on from it, else remove it."""
         self._recover()
-        journals = (self.folder / STATE).glob("journal*")
+        state = self.folder / STATE
+        journals = [*state.glob("journal*"), *state.glob("fitted*")]
         if not any(path.stat().st_size for path in journals):
             remove(self.folder)
 
