@@ -12,8 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from merge_kit.api import merge, plan
+    from merge_kit.api.comparing_adapters import compare_adapters
     from merge_kit.api.custom import method
-    from merge_kit.api.expressions import TaskVector, load
+    from merge_kit.api.expressions import TaskVector
+    from merge_kit.api.extracting import extract
+    from merge_kit.api.loading import load
     from merge_kit.api.methods import (
         arcee_fusion,
         breadcrumbs,
@@ -27,6 +30,13 @@ if TYPE_CHECKING:
         iso_cts,
         karcher,
         linear,
+        lora_concat,
+        lora_dare,
+        lora_extract,
+        lora_knots,
+        lora_linear,
+        lora_svd,
+        lora_ties,
         magnitude,
         model_stock,
         multislerp,
@@ -88,10 +98,12 @@ __all__ = [
     "arcee_fusion",
     "breadcrumbs",
     "breadcrumbs_ties",
+    "compare_adapters",
     "dare_linear",
     "dare_ties",
     "della",
     "della_linear",
+    "extract",
     "fisher",
     "greedy_soup",
     "iso_c",
@@ -99,6 +111,13 @@ __all__ = [
     "karcher",
     "linear",
     "load",
+    "lora_concat",
+    "lora_dare",
+    "lora_extract",
+    "lora_knots",
+    "lora_linear",
+    "lora_svd",
+    "lora_ties",
     "magnitude",
     "merge",
     "merge_tensors",
@@ -124,8 +143,10 @@ __all__ = [
 
 _HOMES = {
     "TaskVector": "api.expressions",
+    "compare_adapters": "api.comparing_adapters",
+    "extract": "api.extracting",
     "greedy_soup": "api.soups",
-    "load": "api.expressions",
+    "load": "api.loading",
     "merge": "api",
     "merge_tensors": "api.tensors",
     "method": "api.custom",

@@ -21,8 +21,9 @@ START = """\
 
 from collections.abc import Sequence
 
-from merge_kit.api.expressions import Operand
+from merge_kit.api.lazy_adapter import LazyAdapter
 from merge_kit.api.lazy_merge import LazyMerge
+from merge_kit.api.nodes import Operand
 
 __all__ = [
 """
@@ -30,23 +31,18 @@ __all__ = [
 
 def function(name: str) -> str:
     """Return the declaration of one function."""
-    lines = [f"def {name}("]
-    for argument in signature(registry.find(name)).parameters.values():
-        if argument.name == "base":
+    lines, found = [f"def {name}("], signature(registry.find(name))
+    for argument in found.parameters.values():
+        if argument.kind is Parameter.KEYWORD_ONLY and "    *," not in lines:
             lines.append("    *,")
         default = "" if argument.default is Parameter.empty else f" = {argument.default!r}"
         lines.append(f"    {argument.name}: {argument.annotation}{default},".replace("'", '"'))
-    return "\n".join([*lines, ") -> LazyMerge: ..."])
+    return "\n".join([*lines, f") -> {found.return_annotation}: ..."])
 
 
 def document() -> str:
-    """Return the whole text, of the methods of this package that make models."""
-    own = [
-        name
-        for name in registry.names()
-        if registry.find(name).makes == "model"
-        and registry.find(name).__module__.startswith("merge_kit.")
-    ]
+    """Return the whole text, of the methods that are in this package."""
+    own = [n for n in registry.names() if registry.find(n).__module__.startswith("merge_kit.")]
     exported = "".join(f'    "{name}",\n' for name in own)
     return START + exported + "]\n\n" + "\n".join(map(function, own)) + "\n"
 

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from os import PathLike, fspath
 from typing import TYPE_CHECKING, Any
 
-from merge_kit.api.expressions import as_node
 from merge_kit.api.held import HeldModel
+from merge_kit.api.nodes import as_node, grounded
 from merge_kit.api.requests import Node, Request, refuse_twins
 from merge_kit.core.names import nearest
 from merge_kit.errors import UsageError
@@ -15,7 +15,7 @@ from merge_kit.methods import registry
 from merge_kit.methods.registry import Parameter
 
 if TYPE_CHECKING:
-    from merge_kit.api.expressions import Operand
+    from merge_kit.api.nodes import Operand
 
 
 def bind(
@@ -64,12 +64,15 @@ def bind(
         for key, value in given.items()
         if known[key].per_model and isinstance(value, list | tuple)
     }
-    nodes = tuple(as_node(model) for model in models)
-    refuse_twins(nodes, name)
+    nodes, start = tuple(map(as_node, models)), None if base is None else as_node(base)
+    if kind.makes == "model":
+        start = None if start is None else grounded(start, None, name)
+        nodes = tuple(grounded(node, start, name) for node in nodes)
+        refuse_twins(nodes, name)
     return Request(
         method=name,
         models=nodes,
-        base=None if base is None else as_node(base),
+        base=start,
         own=tuple(_row(lists, i) for i in range(len(models))) if lists else (),
         parameters={key: value for key, value in given.items() if key not in lists},
         seed=seed,

@@ -85,5 +85,4 @@ def _names(nodes: list[Node]) -> list[str]:
 
 
 def _name(node: Node) -> str:
-    path = node.path if isinstance(node, HeldModel) else None
-    return path.name if path is not None else str(node)
+    return node.name if isinstance(node, HeldModel) else str(node)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from merge_kit.api.changes import Difference, Sum, differences
+from merge_kit.api.grounding import exact, grounded
 from merge_kit.api.in_stages import inner_results, ready
 from merge_kit.api.lowering import lower
 from merge_kit.api.requests import Node, Request
@@ -70,6 +71,9 @@ class _Into:
 
 def request(models: Models, terms: Sum) -> Request:
     """Return models plus task vectors, or task vectors alone, as a request."""
+    (terms,) = grounded([terms], [node for _, node in models])
+    loaded = any(one.base is None for one in differences(terms))
+    terms = exact(terms)
     nodes = _nodes(models, terms)
     trees = Trees(nodes)
     method = Summed(
@@ -77,7 +81,6 @@ def request(models: Models, terms: Sum) -> Request:
         sums=(trees.tree(terms),),
     )
     lead = tuple(trees.position(node) for _, node in models)
-    loaded = any(one.base is None for one in differences(terms))
     conflict = "error" if models and not loaded else "first"  # integers have no difference
     return _linear(nodes, conflict, _Into(method, lead))
 
@@ -124,6 +127,7 @@ def scanned(sums: Sequence[Sum], measures: Sequence[str]) -> list[tuple[Step, di
     """Return the steps of several sums, and what the scans of each step find."""
     from merge_kit.engine.in_memory import scan_each  # noqa: PLC0415  (torch)
 
+    sums = list(map(exact, grounded(sums)))
     nodes = list({n.key: n for terms in sums for n in _nodes((), terms)}.values())
     trees = Trees(nodes)
     method = Summed(sums=tuple(map(trees.tree, sums)), measured=tuple(measures))

@@ -1,32 +1,28 @@
-"""Arithmetic on models: loaded models, task vectors, and sums of them."""
+"""Arithmetic on models: task vectors, and sums of models and task vectors."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, overload
 
-from merge_kit.api import changes, delta_files, deltas, methods_of_sums
+from merge_kit.api import changes, delta_files, deltas, grounding, methods_of_sums
 from merge_kit.api.changes import Difference, How, Prune, Scope
-from merge_kit.api.held import HeldModel
 from merge_kit.api.measured import Measured
 from merge_kit.api.mergeable import Mergeable
-from merge_kit.api.requests import Node, Request, Result, with_dtype
+from merge_kit.api.nodes import applied, as_node, grounded
+from merge_kit.api.requests import Node, Request, with_dtype
 from merge_kit.api.terms import Terms
 from merge_kit.errors import UsageError
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from torch.nn import Module
 
+    from merge_kit.api.held import HeldModel
     from merge_kit.api.mergeable import DType
     from merge_kit.api.merging import Size
-
-    Operand = str | PathLike[str] | Mapping[str, Tensor] | Module | HeldModel | Mergeable
-    """What stands for a model: a path, tensors by name, a module, a model that is loaded, or the
-    result of a merge."""
+    from merge_kit.api.nodes import Operand
 
 
 class TaskVector(Measured):
@@ -40,7 +36,27 @@ class TaskVector(Measured):
     """
 
     def __init__(self, model: Operand, base: Operand) -> None:
-        self._terms = Terms(tasks=((1.0, Difference(as_node(model), as_node(base))),))
+        self._terms = Terms(tasks=((1.0, _difference(as_node(model), as_node(base))),))
+
+    @classmethod
+    def from_adapter(
+        cls, adapter: str | PathLike[str] | HeldModel, weight: float = 1.0
+    ) -> TaskVector:
+        """Return what a LoRA adapter changes; nothing is read but headers.
+
+        Added to a model, or to task vectors of one base, it is the change of that model's weights.
+        Alone, it holds the change of each weight by the name that the adapter has for it.
+
+        Args:
+            adapter: Path of a folder or file, or an adapter that is loaded.
+            weight: What the change is multiplied by.
+
+        Raises:
+            CheckpointError: If it is broken.
+            UsageError: If it is no adapter.
+        """
+        one = applied(adapter, weight)
+        return _task(Terms(tasks=((one.weight, Difference(one.adapter, None)),)))
 
     @classmethod
     def load(cls, folder: str | PathLike[str]) -> TaskVector:
@@ -211,16 +227,8 @@ class ModelArithmetic(Arithmetic):
     def __sub__(self, other: Arithmetic | TaskVector) -> Expression: ...
     def __sub__(self, other: Arithmetic | TaskVector) -> TaskVector | Expression:
         if isinstance(other, ModelArithmetic):
-            return _task(Terms(tasks=((1.0, Difference(self.node(), other.node())),)))
+            return _task(Terms(tasks=((1.0, _difference(self.node(), other.node())),)))
         return super().__sub__(other)
-
-
-class LoadedModel(HeldModel, ModelArithmetic):
-    """A model whose tensors are read when they are asked for; see `load`."""
-
-    def node(self) -> Node:
-        """Return this."""
-        return self
 
 
 class Expression(Mergeable, Arithmetic):
@@ -240,7 +248,8 @@ class Expression(Mergeable, Arithmetic):
 
     def request(self) -> Request:
         """Return the sum as the method that computes it."""
-        models, tasks = self._terms.models, self._terms.tasks
+        models = self._terms.models
+        (tasks,) = grounding.grounded([self._terms.tasks], [node for _, node in models])
         return methods_of_sums.request(models, tasks) or deltas.request(models, tasks)
 
     def __repr__(self) -> str:
@@ -248,37 +257,9 @@ class Expression(Mergeable, Arithmetic):
         return " + ".join([*models, *filter(None, [changes.shown(self._terms.tasks)])])
 
 
-def load(source: Operand) -> LoadedModel:
-    """Return a model whose tensors are read when they are asked for.
-
-    Of a path only headers and config files are read, and tensors with positioned reads, never
-    mapped into memory. Tensors of a mapping or a module are used where they are.
-
-    Args:
-        source: Path of a folder or of a safetensors file; tensors by name; a torch module; or a
-            model that is loaded already.
-
-    Raises:
-        CheckpointError: If nothing is at the path, or it is broken.
-        UsageError: If it is no model.
-    """
-    if isinstance(source, LoadedModel):
-        return source
-    if isinstance(source, HeldModel | Mergeable | TaskVector):
-        hint = "use it as it is" if isinstance(source, Mergeable) else "add it to its base"
-        raise UsageError(f"found a {type(source).__name__}, expected a model to load", hint=hint)
-    if isinstance(source, str | PathLike):
-        delta_files.refuse(Path(source))
-    return LoadedModel(source)
-
-
-def as_node(source: Operand | Node) -> Node:
-    """Return what stands for a model as a model of a merge."""
-    if isinstance(source, Result):
-        return source
-    if isinstance(source, Mergeable):
-        return Result(source.request(), source)
-    return load(source)
+def _difference(model: Node, base: Node) -> Difference:
+    base = grounded(base, None, "the base")
+    return Difference(grounded(model, base, "the model"), base)
 
 
 def _task(terms: Terms) -> TaskVector:

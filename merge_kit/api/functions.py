@@ -9,6 +9,7 @@ from inspect import Signature, cleandoc
 from typing import TYPE_CHECKING, Any
 
 from merge_kit.api.binding import bind, default_of, listed
+from merge_kit.api.lazy_adapter import LazyAdapter
 from merge_kit.api.lazy_merge import LazyMerge
 from merge_kit.errors import UsageError
 from merge_kit.methods import registry
@@ -18,7 +19,7 @@ from merge_kit.methods.registry import Parameter
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from merge_kit.api.expressions import Operand
+    from merge_kit.api.nodes import Operand
 
 _FORM = """
 
@@ -39,6 +40,19 @@ Returns a merge that is carried out by `.state_dict()` or `.save(folder)`, or st
 """
 
 
+_ADAPTER_FORM = """
+
+Args:
+    adapters: Paths of LoRA adapters, or adapters that are loaded; one may be there twice.
+    seed: Of everything random; default 0.
+
+A parameter that each adapter may set is one value for all, or a list with one value an adapter. A
+weight that is not given is 1.
+
+Returns an adapter that is made by `.save(folder)` or `.state_dict()`, and planned by `.plan()`.
+"""
+
+
 def annotation(parameter: Parameter) -> str:
     """Return the type of a parameter's argument."""
     kind, none = parameter.kind.__name__, " | None" if parameter.optional else ""
@@ -48,8 +62,34 @@ def annotation(parameter: Parameter) -> str:
 
 def signature(method: type[MergeMethod]) -> Signature:
     """Return the signature of a method's function."""
+    arguments = _of_adapters() if _takes_adapters(method) else _of_models()
+    for entry in registry.parameters(method):
+        default = default_of(entry)
+        if default is None and entry.required:
+            default = Argument.empty
+        note = annotation(entry)
+        arguments.append(
+            Argument(entry.field, Argument.KEYWORD_ONLY, default=default, annotation=note)
+        )
+    made = "LazyAdapter" if method.makes == "adapter" else "LazyMerge"
+    return Signature(arguments, return_annotation=made)
+
+
+def _takes_adapters(method: type[MergeMethod]) -> bool:
+    return method.makes == "adapter" and not method.needs_base
+
+
+def _of_adapters() -> list[Argument]:
+    first, seed = Argument.POSITIONAL_OR_KEYWORD, Argument.KEYWORD_ONLY
+    return [
+        Argument("adapters", first, annotation="Sequence[Operand]"),
+        Argument("seed", seed, default=None, annotation="int | None"),
+    ]
+
+
+def _of_models() -> list[Argument]:
     first = "Operand | Sequence[Operand] | None"
-    arguments = [
+    return [
         Argument("first", Argument.POSITIONAL_OR_KEYWORD, default=None, annotation=first),
         Argument(
             "models",
@@ -60,18 +100,9 @@ def signature(method: type[MergeMethod]) -> Signature:
         Argument("base", Argument.KEYWORD_ONLY, default=None, annotation="Operand | None"),
         Argument("seed", Argument.KEYWORD_ONLY, default=None, annotation="int | None"),
     ]
-    for entry in registry.parameters(method):
-        default = default_of(entry)
-        if default is None and entry.required:
-            default = Argument.empty
-        note = annotation(entry)
-        arguments.append(
-            Argument(entry.field, Argument.KEYWORD_ONLY, default=default, annotation=note)
-        )
-    return Signature(arguments, return_annotation="LazyMerge")
 
 
-def method_function(name: str) -> Callable[..., LazyMerge]:
+def method_function(name: str) -> Callable[..., LazyMerge] | Callable[..., LazyAdapter]:
     """Return the function of a method.
 
     Raises:
@@ -82,27 +113,39 @@ def method_function(name: str) -> Callable[..., LazyMerge]:
 
 
 @cache
-def _function(name: str, method: type[MergeMethod]) -> Callable[..., LazyMerge]:
-    def function(
+def _function(
+    name: str, method: type[MergeMethod]
+) -> Callable[..., LazyMerge] | Callable[..., LazyAdapter]:
+    makes = LazyAdapter if method.makes == "adapter" else LazyMerge
+
+    def of_models(
         first: Operand | Sequence[Operand] | None = None,
         models: Sequence[Operand] | None = None,
         *,
         base: Operand | None = None,
         seed: int | None = None,
         **parameters: Any,
-    ) -> LazyMerge:
+    ) -> LazyMerge | LazyAdapter:
         if models is None:
             models, first = listed(name, first), None
         if first is not None and base is not None:
             problem = "found the base twice, expected it once"
             raise UsageError(problem, where=name, hint=f"write {name}(base, [a, b], ...)")
         first = base if first is None else first
-        return LazyMerge(bind(name, listed(name, models), _operand(name, first), seed, parameters))
+        return makes(bind(name, listed(name, models), _operand(name, first), seed, parameters))
 
+    def of_adapters(
+        adapters: Sequence[Operand], *, seed: int | None = None, **parameters: Any
+    ) -> LazyAdapter:
+        return LazyAdapter(bind(name, listed(name, adapters), None, seed, parameters))
+
+    alone = _takes_adapters(method)
+    function: Any = of_adapters if alone else of_models
     function.__name__ = function.__qualname__ = name
-    function.__doc__ = cleandoc(method.__doc__ or "") + _FORM
-    function.__signature__ = signature(method)  # type: ignore[attr-defined]
-    return function
+    function.__doc__ = cleandoc(method.__doc__ or "") + (_ADAPTER_FORM if alone else _FORM)
+    function.__signature__ = signature(method)
+    made: Callable[..., LazyMerge] | Callable[..., LazyAdapter] = function
+    return made
 
 
 def _operand(name: str, base: Any) -> Operand | None:

@@ -5,44 +5,79 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from merge_kit.api.forming import formed, is_at_hand
+from merge_kit.api.overlays import Composed
 from merge_kit.core.names import nearest
 from merge_kit.core.tensors import TensorSpec
 from merge_kit.errors import UsageError
+from merge_kit.io.adapter import is_adapter, open_adapter
 from merge_kit.io.checkpoint import open_checkpoint
 from merge_kit.io.reader import Reader
 from merge_kit.io.values import WeightFile
-from merge_kit.plan.models import Held, Model, Part, from_checkpoint
+from merge_kit.plan.models import Held, Model, Part, from_adapter, from_checkpoint
 
 if TYPE_CHECKING:
     from torch import Tensor
     from torch.nn import Module
-
-    from merge_kit.plan.sources import Source
 
 
 class HeldModel:
     """A model by its tensors, which are read when they are asked for.
 
     Args:
-        source: A path, or a mapping of tensors, which is not copied; a module stands for its
-            `state_dict()`.
+        source: A path (that of an adapter too: its tensors are the factors), or a mapping of
+            tensors, which is not copied; a module stands for its `state_dict()`; or what a model
+            is made of, adapters on top.
+
+    Attributes:
+        path: Where it lies; None in memory, and if it is made of others.
+        composed: What it is made of, if it is.
 
     Raises:
         CheckpointError: If nothing is at the path, or it is broken.
+        MismatchError: If an adapter does not fit the model.
         UsageError: If the source is no model.
     """
 
-    def __init__(self, source: str | os.PathLike[str] | Mapping[str, Tensor] | Module) -> None:
+    def __init__(
+        self, source: str | os.PathLike[str] | Mapping[str, Tensor] | Module | Composed
+    ) -> None:
         self.path: Path | None = None
+        self.composed: Composed | None = None
         self._source = source  # keeps its identity from being given to another object
-        if isinstance(source, str | os.PathLike):
+        if isinstance(source, Composed):
+            self.composed, self.model = source, source.model()
+            self.key: object = source.key
+        elif isinstance(source, str | os.PathLike):
             self.path = Path(source).expanduser().absolute()
-            self.model = from_checkpoint("input", open_checkpoint(self.path))
-            self.key: object = self.path.resolve()
+            self.model = _from_path(self.path)
+            self.key = self.path.resolve()
         else:
             self.model, self.key = _from_tensors(_state_dict(source)), id(source)
+
+    @property
+    def name(self) -> str:
+        """Name of the folder or file, never its path; with those of adapters on top."""
+        if self.composed is not None:
+            return self.composed.name
+        checkpoint = self.model.checkpoint
+        return str(self) if checkpoint is None else checkpoint.name
+
+    @property
+    def roots(self) -> tuple[Path, ...]:
+        """Where it lies, with adapters on top; nothing for what is in memory."""
+        if self.composed is not None:
+            return self.composed.roots
+        return () if self.path is None else (self.path,)
+
+    @property
+    def reference(self) -> str | dict[str, Any] | None:
+        """How a recipe names it, None if it is not on disk."""
+        if self.composed is not None:
+            return self.composed.reference
+        return None if self.path is None else str(self.path)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -60,19 +95,23 @@ class HeldModel:
     def tensor(self, name: str) -> Tensor:
         """Return a tensor: read from its file, or the memory that the model was made of.
 
+        What adapters on top change is formed, with the bits that a merge writes.
+
         Raises:
             CheckpointError: If the file cannot be read or has changed since it was opened.
         """
-        return self._fetch([self._held(name).source])[0]
+        return self._fetch([self._held(name)])[0]
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return all tensors by name."""
-        fetched = self._fetch([held.source for held in self.model.tensors.values()])
+        fetched = self._fetch(list(self.model.tensors.values()))
         return dict(zip(self.model.tensors, fetched, strict=True))
 
     @property
     def files(self) -> tuple[WeightFile, ...]:
         """The weight files, as they were when the model was opened; none in memory."""
+        if self.composed is not None:
+            return self.composed.files
         checkpoint = self.model.checkpoint
         components = checkpoint.components if checkpoint is not None else ()
         return tuple(file for component in components for file in component.files)
@@ -84,11 +123,16 @@ class HeldModel:
             raise UsageError(f"no tensor {name!r}", where=str(self), hint=hint)
         return self.model.tensors[name]
 
-    def _fetch(self, sources: list[Source]) -> list[Tensor]:
+    def _fetch(self, tensors: list[Held]) -> list[Tensor]:
         from merge_kit.engine.in_memory import fetch  # noqa: PLC0415  (torch, when it is needed)
 
+        changed = formed([one for one in tensors if not is_at_hand(one.source)], self.files)
+        rest = iter(changed)
         with Reader(self.files) as reader:
-            found = [fetch(reader, source) for source in sources]
+            found = [
+                fetch(reader, one.source) if is_at_hand(one.source) else next(rest)
+                for one in tensors
+            ]
             reader.check_all()
         return found
 
@@ -102,10 +146,18 @@ class HeldModel:
         return len(self.model.tensors)
 
     def __str__(self) -> str:
+        if self.composed is not None:
+            return str(self.composed)
         return str(self.path) if self.path is not None else "tensors in memory"
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__}: {self}, {len(self)} tensors>"
+
+
+def _from_path(path: Path) -> Model:
+    if is_adapter(path):
+        return from_adapter("input", open_adapter(path))
+    return from_checkpoint("input", open_checkpoint(path))
 
 
 def _state_dict(source: object) -> Mapping[str, Tensor]:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from merge_kit.api.forming import is_at_hand
 from merge_kit.api.lowering import Lowered
 from merge_kit.io.reader import Reader
 from merge_kit.plan.cost import sized
@@ -24,7 +25,7 @@ Kept = dict[int, "Tensor"]
 def computed(made: Made) -> bool:
     """Return whether a tensor is computed or converted, not copied as it is."""
     in_flight = made.held.source.dtype != made.step.outputs[0].spec.dtype
-    return made.fate == "merged" or in_flight or isinstance(made.held.source, Merged)
+    return made.fate == "merged" or in_flight or not is_at_hand(made.held.source)
 
 
 def inner_results(lowered: Lowered, workers: int, *, allow_nonfinite: bool) -> Kept:

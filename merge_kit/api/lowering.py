@@ -84,7 +84,7 @@ def lower(request: Request) -> Lowered:
     models = request.inputs()
     labels = {model.key: f"input-{i}" for i, model in enumerate(models, start=1)}
     names = request.names(labels)
-    requests = {names[key]: inner for key, inner in request.stages().items()}
+    requests = {str(names[key]): inner for key, inner in request.stages().items()}
     recipe = read_recipe(request.documents(names))
     inputs = _AtHand({labels[model.key]: _named(model, labels[model.key]) for model in models})
     maker = _Lowering(recipe, inputs, Evidence(None, request.statistics()))
@@ -150,14 +150,13 @@ def _packed(made: Sequence[Made]) -> list[MergeKitError]:
 
 
 def _named(held: HeldModel, name: str) -> Model:
-    checkpoint = held.model.checkpoint
-    label = f"{name}:{checkpoint.name}" if checkpoint is not None else name
+    label = f"{name}:{held.name}" if held.model.checkpoint is not None else name
     return replace(held.model, key=name, label=label)
 
 
 def _as_value(held: HeldModel, name: str) -> PlanInput:
-    root = held.path or Path()  # nothing is read of what is in memory
-    return PlanInput(name, root.name, str(held), root, held.files)
+    root = next(iter(held.roots), Path())  # nothing is read of what is in memory
+    return PlanInput(name, held.name if held.roots else "", str(held), root, held.files)
 
 
 def _check_components(made: Sequence[Made], parts: Sequence[Part], assembly: Assembly) -> None:

@@ -2,8 +2,9 @@
 
 from collections.abc import Sequence
 
-from merge_kit.api.expressions import Operand
+from merge_kit.api.lazy_adapter import LazyAdapter
 from merge_kit.api.lazy_merge import LazyMerge
+from merge_kit.api.nodes import Operand
 
 __all__ = [
     "arcee_fusion",
@@ -18,6 +19,13 @@ __all__ = [
     "iso_cts",
     "karcher",
     "linear",
+    "lora_concat",
+    "lora_dare",
+    "lora_extract",
+    "lora_knots",
+    "lora_linear",
+    "lora_svd",
+    "lora_ties",
     "magnitude",
     "model_stock",
     "multislerp",
@@ -178,6 +186,83 @@ def linear(
     weight: float | Sequence[float] = 1.0,
     normalize: bool | Sequence[bool] = True,
 ) -> LazyMerge: ...
+def lora_concat(
+    adapters: Sequence[Operand],
+    *,
+    seed: int | None = None,
+    saved: str = "error",
+    weight: float | Sequence[float] = 1.0,
+) -> LazyAdapter: ...
+def lora_dare(
+    adapters: Sequence[Operand],
+    *,
+    seed: int | None = None,
+    saved: str = "error",
+    weight: float | Sequence[float] = 1.0,
+    density: float | Sequence[float] = 1.0,
+    normalize: bool | Sequence[bool] = False,
+    rescale: bool | Sequence[bool] = True,
+    lambda_: float | Sequence[float] = 1.0,
+    ties: bool | Sequence[bool] = False,
+    rank: int | Sequence[int | None] | None = None,
+    energy: float | Sequence[float | None] | None = None,
+) -> LazyAdapter: ...
+def lora_extract(
+    first: Operand | Sequence[Operand] | None = None,
+    models: Sequence[Operand] | None = None,
+    *,
+    base: Operand | None = None,
+    seed: int | None = None,
+    rank: int | Sequence[int | None] | None = None,
+    energy: float | Sequence[float | None] | None = None,
+    rest: str = "save",
+) -> LazyAdapter: ...
+def lora_knots(
+    adapters: Sequence[Operand],
+    *,
+    seed: int | None = None,
+    saved: str = "error",
+    weight: float | Sequence[float] = 1.0,
+    density: float | Sequence[float] = 1.0,
+    merging: str = "ties",
+    normalize: bool | Sequence[bool] = True,
+    lambda_: float | Sequence[float] = 1.0,
+    variant: str = "code",
+    rank: int | Sequence[int | None] | None = None,
+    energy: float | Sequence[float | None] | None = None,
+) -> LazyAdapter: ...
+def lora_linear(
+    adapters: Sequence[Operand],
+    *,
+    seed: int | None = None,
+    saved: str = "error",
+    weight: float | Sequence[float] = 1.0,
+    normalize: bool | Sequence[bool] = False,
+    variant: str = "exact",
+) -> LazyAdapter: ...
+def lora_svd(
+    adapters: Sequence[Operand],
+    *,
+    seed: int | None = None,
+    saved: str = "error",
+    weight: float | Sequence[float] = 1.0,
+    rank: int | Sequence[int | None] | None = None,
+    energy: float | Sequence[float | None] | None = None,
+) -> LazyAdapter: ...
+def lora_ties(
+    adapters: Sequence[Operand],
+    *,
+    seed: int | None = None,
+    saved: str = "error",
+    weight: float | Sequence[float] = 1.0,
+    density: float | Sequence[float] = 1.0,
+    normalize: bool | Sequence[bool] = True,
+    rescale: bool | Sequence[bool] = False,
+    lambda_: float | Sequence[float] = 1.0,
+    elect: str = "mass",
+    rank: int | Sequence[int | None] | None = None,
+    energy: float | Sequence[float | None] | None = None,
+) -> LazyAdapter: ...
 def magnitude(
     first: Operand | Sequence[Operand] | None = None,
     models: Sequence[Operand] | None = None,

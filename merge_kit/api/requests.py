@@ -33,6 +33,9 @@ class Result:
         return f"the result of {self.request.method}"
 
 
+Reference = str | Mapping[str, Any]
+"""How a recipe names a model."""
+
 Node = HeldModel | Result
 """What is merged."""
 
@@ -105,7 +108,7 @@ class Request:
             raise UsageError(problem, hint="pass the seed to the outermost function only")
         return seeds[0] if seeds else 0
 
-    def documents(self, names: Mapping[object, str]) -> list[dict[str, Any]]:
+    def documents(self, names: Mapping[object, Reference]) -> list[dict[str, Any]]:
         """Return the recipe: a mapping for each merge inside, and last the one for the whole.
 
         Args:
@@ -117,7 +120,7 @@ class Request:
         ]
         return [*inner, {**self.document(names), "seed": self.whole_seed()}]
 
-    def document(self, names: Mapping[object, str]) -> dict[str, Any]:
+    def document(self, names: Mapping[object, Reference]) -> dict[str, Any]:
         """Return this merge alone as a mapping."""
         own = self.own or ({},) * len(self.models)
         recipe: dict[str, Any] = {
@@ -135,10 +138,11 @@ class Request:
             recipe["dtype"] = self.dtype
         return recipe
 
-    def names(self, models: Mapping[object, str]) -> dict[object, str]:
+    def names(self, models: Mapping[object, Reference]) -> dict[object, Reference]:
         """Return names of models and of the merges inside, as `documents` takes them."""
         stages = {key: f"merge-{i}" for i, key in enumerate(self.stages(), start=1)}
-        return {**models, **stages}
+        named: dict[object, Reference] = {**models, **stages}
+        return named
 
 
 def with_dtype(request: Request, dtype: object) -> Request:
@@ -158,13 +162,14 @@ def refuse_twins(nodes: Sequence[Node], where: str) -> None:
         raise UsageError(problem, where=where, hint="pass it once, with the sum of the weights")
 
 
-def paths(request: Request) -> dict[object, str] | None:
-    """Return the path of every model by its key, or None if one is not on disk."""
-    found = {m.key: str(m.path) for m in request.inputs() if m.path is not None}
+def paths(request: Request) -> dict[object, Reference] | None:
+    """Return how a recipe names every model, by its key, or None if one is not on disk."""
+    references = ((model.key, model.reference) for model in request.inputs())
+    found: dict[object, Reference] = {key: one for key, one in references if one is not None}
     on_disk = len(found) == len(request.inputs()) and not request.statistics()
     return found if on_disk else None
 
 
 def roots(request: Request) -> Iterator[Any]:
     """Yield what must not be replaced: the paths of the models."""
-    return (model.path for model in request.inputs() if model.path is not None)
+    return (root for model in request.inputs() for root in model.roots)

@@ -8,12 +8,12 @@ from math import isnan
 from typing import TYPE_CHECKING, Any
 
 from merge_kit.api.binding import bind, listed
-from merge_kit.api.expressions import as_node
 from merge_kit.api.lazy_merge import LazyMerge
+from merge_kit.api.nodes import as_node, grounded
 from merge_kit.errors import UsageError
 
 if TYPE_CHECKING:
-    from merge_kit.api.expressions import Operand
+    from merge_kit.api.nodes import Operand
 
 Score = Callable[[LazyMerge], float]
 _NAME = "greedy_soup"
@@ -82,8 +82,8 @@ def greedy_soup(models: Sequence[Operand], score: Score, *, base: Operand | None
     if not callable(taster):
         problem = f"found a score of type {type(taster).__name__}, expected a function"
         raise UsageError(problem, where=_NAME, hint=f"write {_NAME}([a, b], score)")
-    found = [as_node(model) for model in listed(_NAME, models)]
-    start = None if base is None else as_node(base)
+    start = None if base is None else grounded(as_node(base), None, _NAME)
+    found = [grounded(as_node(model), start, _NAME) for model in listed(_NAME, models)]
     if not found:
         problem = "found no models, expected at least one"
         raise UsageError(problem, where=_NAME, hint=f"write {_NAME}([a, b], score)")

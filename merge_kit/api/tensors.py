@@ -49,6 +49,9 @@ def merge_tensors(
         PlanError: If there is no such method.
         MergeKitError: If parameters or tensors are not what the method takes.
     """
+    if registry.find(name).makes == "adapter":
+        hint = f"write {name}([a, b], ...) with the paths of adapters"
+        raise UsageError(f"{name} makes adapters, and no tensors", hint=hint)
     if weights is not None:
         if "weight" in parameters:
             raise UsageError("found weight and weights, expected one of them", where=name)
