@@ -19,6 +19,7 @@ from merge_kit.cli.options import (
     planning_options,
     seed_option,
     shard_size_option,
+    size,
 )
 
 RECIPE = click.argument("recipe", type=click.Path(path_type=Path))
@@ -178,6 +179,66 @@ def verify(
 
     origin = None if against is None else Origin(against, overrides, seed)
     show_verification(out, origin, as_json=as_json)
+
+
+@app.command()
+@click.argument("finetuned")
+@click.option("--base", required=True, metavar="BASE", help="The model it was trained from.")
+@click.option("--rank", type=click.IntRange(min=1), metavar="N", help="Rank of each matrix.")
+@click.option(
+    "--energy",
+    type=click.FloatRange(0, 1, min_open=True),
+    metavar="E",
+    help="Share of each matrix's squared change to keep, in place of a rank.",
+)
+@click.option(
+    "--rest",
+    type=click.Choice(["save", "refuse", "drop"]),
+    default="save",
+    show_default=True,
+    help="What becomes of changed norms, biases, embeddings and heads.",
+)
+@click.option("--dtype", metavar="DTYPE", help="Of the factors, default: that of the models.")
+@output_option(required=True)
+@click.option("--overwrite", is_flag=True, help="Replace an output that is there already.")
+@click.option("--dry-run", is_flag=True, help="Show the plan and stop.")
+@click.option("--threads", type=click.IntRange(min=1), metavar="N", help="Threads that work.")
+@click.option("--memory", type=size, metavar="SIZE", help="Most memory of the whole process.")
+@shard_size_option
+@json_option
+@click.option("--json-progress", is_flag=True, help="Print progress as lines of JSON.")
+def extract(  # noqa: PLR0913, PLR0917  (one argument an option)
+    finetuned: str,
+    base: str,
+    rank: int | None,
+    energy: float | None,
+    rest: str,
+    dtype: str | None,
+    output: Path,
+    overwrite: bool,
+    dry_run: bool,
+    threads: int | None,
+    memory: int | None,
+    shard_size: int | None,
+    as_json: bool,
+    json_progress: bool,
+) -> None:
+    """Turn what FINETUNED has changed of its base into a LoRA adapter.
+
+    Each matrix becomes two factors of low rank; a table says how much of its change they miss.
+    """
+    from merge_kit.cli.extracting import Wanted, show, start  # noqa: PLC0415
+    from merge_kit.cli.running import Choices  # noqa: PLC0415
+
+    wanted = Wanted(finetuned, base, rank, energy, rest, dtype)
+    planning = Planning(
+        overrides=(), seed=None, shard_size=shard_size, threads=threads, memory=memory
+    )
+    if dry_run:
+        show(wanted, output, planning, as_json=as_json or json_progress)
+        return
+    choices = Choices(overwrite, False, False, as_json, json_progress)
+    start(wanted, output, choices, planning)
 
 
 @app.command()

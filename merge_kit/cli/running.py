@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from merge_kit import api
+from merge_kit.api.merging import RecipeLike
 from merge_kit.cli import extraction_table
 from merge_kit.cli.options import Planning
 from merge_kit.cli.planning import output_of, print_summary
@@ -50,7 +51,7 @@ def run_recipe(recipe: Path, output: Path | None, choices: Choices, planning: Pl
     run_into(recipe, output_of(recipe, planning, output), choices, planning)
 
 
-def run_into(recipe: api.RecipeLike, place: Path, choices: Choices, planning: Planning) -> None:
+def run_into(recipe: RecipeLike, place: Path, choices: Choices, planning: Planning) -> None:
     """Run a recipe whose output goes to a place, and say so."""
     merge = _merge(recipe, place, choices, planning)
     if choices.speaks_json:
@@ -71,7 +72,7 @@ def _load_engine() -> None:
         gc.enable()
 
 
-def _merge(recipe: api.RecipeLike, place: Path, choices: Choices, planning: Planning) -> api.Merge:
+def _merge(recipe: RecipeLike, place: Path, choices: Choices, planning: Planning) -> api.Merge:
     def show(plan: Plan) -> None:
         if not choices.speaks_json:
             print_summary(plan, place)

@@ -79,6 +79,8 @@ def _the_one(stage: Stage) -> Entry:
         problem = f"{stage.merge_method} needs a base_model"
     elif stage.slices or stage.modules or stage.tensors:
         problem = f"{stage.merge_method} takes models, and no slices, modules or rules over tensors"
+    elif len(stage.models) == 1 and not entries:
+        problem = f"the model is its own base: {stage.base_model.text}"
     elif len(entries) != 1:
         problem = f"{stage.merge_method} takes 1 model beside the base, found {len(entries)}"
     else:
