@@ -208,6 +208,9 @@ class Fitter:
             yield from self._split(update, name, inputs, outputs)
             return
         shape = self._shapes[name]
+        if update.experts == 1 and shape == (outputs, inputs):
+            yield Touch(name, Change(update, shape, update.scale, expert=0))
+            return
         straight = shape == (update.experts, outputs, inputs)
         turned = shape == (update.experts, inputs, outputs)
         if not (straight or turned):

@@ -122,16 +122,22 @@ class Inputs:
             self._broken.add(key)
             self.errors.append(error)
 
+    def _is_at_hand(self, ref: ModelRef) -> bool:
+        """Return whether a model and its adapters could be opened."""
+        adapters = [adapter for adapter, _ in self._adapters(ref)]
+        keys = [(ref.path, ref.revision, False), *((a.path, a.revision, True) for a in adapters)]
+        return all(key in self._by_ref for key in keys)
+
     def _apply(self, stage: Stage) -> None:
         """Apply adapters to models that are there already, to find everything that is wrong."""
         base, merges = stage.base_model, find_method(stage.merge_method).makes == "model"
         for ref in listed(stage):
-            if (ref.path, ref.revision, False) not in self._by_ref:
+            if not self._is_at_hand(ref):
                 continue
             try:
                 if ref.adapters:
                     self.find(ref)
-                elif merges and base is not None and base.path not in self._stages:
+                elif merges and base is not None and self._is_at_hand(base):
                     self.under(ref, base)
             except MergeKitError as error:
                 if str(error) not in map(str, self.errors):
@@ -169,9 +175,22 @@ class Inputs:
         return found
 
     def under(self, ref: ModelRef, base: ModelRef) -> Model:
-        """Return the model of a reference; of an adapter alone, the base with it applied."""
+        """Return the model of a reference; of an adapter alone, the base with it applied.
+
+        Raises:
+            MergeKitError: If it does not fit, or the base is an adapter too.
+        """
         found = self.find(ref)
-        return found if found.adapter is None else apply_adapters(self.find(base), [(found, 1.0)])
+        if found.adapter is None:
+            return found
+        model = self.find(base)
+        if model.adapter is not None:
+            raise PlanError(
+                f"the base model {model.label} is an adapter",
+                where=str(base.mark),
+                hint=f"write MODEL+{base.text}, with the model that it was made for",
+            )
+        return apply_adapters(model, [(found, 1.0)])
 
     def as_values(self, base: Model | None) -> tuple[PlanInput, ...]:
         """Return the inputs as the plan shows them."""
