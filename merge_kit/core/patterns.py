@@ -64,6 +64,7 @@ class NamePatterns:
         if self._start is None:
             self._start = self._group(self._starts, at_end=True)
         group, best = self._start, None
+        self._spend(len(name))
         for place in range(len(name), 0, -1):
             accepted = self._accepted[group]
             if accepted is not None and name[place - 1] == ".":
@@ -77,7 +78,6 @@ class NamePatterns:
         return min(found if best is None else [best, *found], default=None)
 
     def _move(self, group: int, letter: str) -> int:
-        self._spend(1)
         found = self._moves.get((group, letter))
         if found is None:
             step = self._states.step

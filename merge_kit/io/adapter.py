@@ -45,6 +45,10 @@ def open_adapter(path: Path, name: str | None = None) -> Adapter:
     where = str(files.checkpoint.root)
     tensors = files.checkpoint.components[0].tensors
     parts = gather(tensors, where=where)
+    if not (parts.modules or parts.tokens or (parts.whole and files.config_text)):
+        problem = f"none of its {len(tensors)} tensors is a low-rank factor: {few(tensors)}"
+        hint = "name an adapter here; a whole model stands where a recipe wants a model"
+        raise CheckpointError(problem, where=where, hint=hint)
     sections = read_sections(files)
     style = style_of(parts, files, sections)
     _settle_alphas(parts, sections)
@@ -53,9 +57,6 @@ def open_adapter(path: Path, name: str | None = None) -> Adapter:
     settings = sections.whole
     whole = whole_tensors(parts.whole, frozenset(update.module for update in updates), settings)
     rows = token_rows(parts.tokens, settings, files.config_where)
-    if not (updates or whole.saved or rows):
-        problem = f"its {len(tensors)} tensors are none of a LoRA adapter: {few(tensors)}"
-        raise CheckpointError(problem, where=where, hint="is it the right file?")
     return Adapter(
         checkpoint=files.checkpoint,
         style=style,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 
 from merge_kit.core.tensors import StoredTensor
@@ -106,13 +105,7 @@ def _scale(found: Found, rank: int, settings: Settings | None, path: str) -> tup
     if stored is not None and read_number(stored) != alpha:
         problem = f"has alpha {read_number(stored):g} beside it, and {alpha:g} by {settings.where}"
         raise CheckpointError(problem, where=where, hint=_SAME)
-    return alpha, _finite(settings.scale(alpha, rank), where)
-
-
-def _finite(scale: float, where: str) -> float:
-    if math.isfinite(scale):
-        return scale
-    raise CheckpointError("has a scale that is not finite", where=where, hint=_SAME)
+    return alpha, settings.scale(alpha, rank)
 
 
 def _check_extras(update: Update, settings: Settings | None) -> None:

@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 
 from merge_kit.errors import CheckpointError, MergeKitError, Problems
 from merge_kit.io.adapter import is_adapter, open_adapter
+from merge_kit.io.adapter_bytes import same_bytes
 from merge_kit.io.adapter_files import MAX_CONFIG_BYTES
 from merge_kit.io.adapter_settings import MAX_RANK, read_settings
+from merge_kit.io.header import read_header
 
 A, B = LINEAR
 
@@ -242,6 +244,30 @@ FAULTY = {
     "KaSA": ({**LINEAR, "l.q_proj.lora_diag": (2,)}, {}, "KaSA"),
     "MLX": ({"l.q_proj.lora_a": (8, 2), "l.q_proj.lora_b": (2, 6)}, {}, "MLX's LoRA"),
     "prompt tuning": ({"prompt_embeddings": (4, 8)}, {}, "prompt tuning"),
+    "nested factors without parameters": (
+        {"m.base_layer.lora_A.weight": (2, 8), "m.base_layer.lora_B.weight": (5, 2)},
+        {},
+        "target_parameters names none of that module",
+    ),
+    "a bias of a parameter": (
+        {"e.lora_A.weight": (4, 8), "e.lora_B.weight": (6, 4), "e.lora_B.bias": (6,)},
+        {"target_parameters": ["e.w"]},
+        "has a bias too",
+    ),
+    "a copy that differs": (
+        {
+            **LINEAR,
+            "h.bias": np.zeros(3, np.float32),
+            "h.modules_to_save.bias": np.ones(3, np.float32),
+        },
+        {"modules_to_save": ["h"]},
+        "neither a low-rank factor",
+    ),
+    "an alpha against the config": (
+        {**LINEAR, "l.q_proj.alpha": np.array(4, np.float32)},
+        {},
+        "has alpha 4 beside it, and 8 by",
+    ),
     "experts of another rank": (
         {"e.lora_A.weight": (5, 8), "e.lora_B.weight": (6, 5)},
         {"target_parameters": ["e.w"]},
@@ -255,6 +281,24 @@ def test_faulty_adapters_are_refused_and_say_why(tmp_path, fault):
     tensors, config, message = FAULTY[fault]
     write_folder(tmp_path, tensors, **config)
     refused(tmp_path, message)
+
+
+def test_a_model_is_no_adapter(tmp_path):
+    write_file(tmp_path / "model.safetensors", {"l.q_proj.weight": (6, 8)})
+    refused(tmp_path, "none of its 1 tensors is a low-rank factor: l.q_proj.weight")
+    write_folder(tmp_path / "empty", {})
+    refused(tmp_path / "empty", "none of its 0 tensors")
+
+
+def test_a_file_that_shrinks_while_it_is_opened_is_noticed(tmp_path):
+    path = write_file(tmp_path / "x.safetensors", {"a": (2,)})
+    stored = read_header(path).tensors[0]
+    os.truncate(path, stored.span.stop - 2)
+    with pytest.raises(CheckpointError, match="ends at byte"):
+        same_bytes(stored, stored)
+    path.unlink()
+    with pytest.raises(CheckpointError, match="cannot read"):
+        same_bytes(stored, stored)
 
 
 @pytest.mark.parametrize(
@@ -326,7 +370,7 @@ def test_a_pattern_that_would_never_end_ends(tmp_path, key):
     write_folder(tmp_path, tensors, **{key: {"(a+)+b": 3, "((a|a)*)*c": 4}})
     start = time.process_time()
     assert len(open_adapter(tmp_path).updates) == 500
-    assert time.process_time() - start < 1
+    assert time.process_time() - start < 5  # backtracking takes years; coverage slows this down
 
 
 def test_patterns_that_cannot_be_bounded_are_refused_with_their_key(tmp_path):

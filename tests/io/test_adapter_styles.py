@@ -111,6 +111,29 @@ def test_diffusers_goes_by_the_config_in_its_metadata(tmp_path):
     assert json.loads(adapter.config_text) == config
 
 
+def test_a_config_for_all_components_needs_no_names(tmp_path):
+    text = json.dumps({"r": 2, "lora_alpha": 1})
+    tensors = pair("blocks.0.to_q", "lora_A", "lora_B")
+    (update,) = opened(tmp_path, tensors, {"lora_adapter_metadata": text}).updates
+    assert update.scale == 0.5
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"lora_alpha": 1}, "names no component"),
+        ({"transformer.r": 3}, "has rank 2 by its shape, and 3 by"),
+        ({"transformer.r": 2, "transformer.use_qalora": True}, "QA-LoRA"),
+    ],
+)
+def test_metadata_is_checked_as_a_config_is(tmp_path, config, message):
+    tensors = pair("transformer.x", "lora_A", "lora_B")
+    write_file(tmp_path / "x.safetensors", tensors, {"lora_adapter_metadata": json.dumps(config)})
+    with pytest.raises(CheckpointError, match=message) as caught:
+        open_adapter(tmp_path / "x.safetensors")
+    assert "__metadata__" in f"{caught.value}"
+
+
 def test_diffusers_without_metadata_scales_by_one(tmp_path):
     tensors = pair("unet.mid.attn.to_q", "lora_A", "lora_B")
     tensors |= pair("diffusion_model.double_blocks.0.img_attn.qkv", "lora_A", "lora_B", rank=3)
