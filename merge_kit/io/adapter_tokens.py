@@ -34,6 +34,7 @@ def token_rows(
             problem = f"rows of {shown(module)} are there, and {_KEY} name no tokens for them"
             raise CheckpointError(problem, where=where, hint=_FETCH)
         _check_count(tensor, known[end], where)
+        _check_tokens(module, known[end], where)
         used.add(end)
         rows.append(TokenRows(module, known[end], tensor))
     _check_one_embedding(rows, known, where)
@@ -46,6 +47,12 @@ def _check_count(tensor: StoredTensor, tokens: tuple[int, ...], where: str) -> N
     if len(shape) != 2 or shape[0] != len(tokens):
         problem = f"tensor {shown(tensor.spec.name)} has shape {list(shape)}, and {_KEY} name "
         raise CheckpointError(f"{problem}{len(tokens)} tokens", where=where, hint=_FETCH)
+
+
+def _check_tokens(module: str, tokens: tuple[int, ...], where: str) -> None:
+    if len(set(tokens)) < len(tokens) or min(tokens, default=0) < 0:
+        problem = f"{_KEY} for {shown(module)} are {shown(list(tokens))}, expected tokens from 0"
+        raise CheckpointError(f"{problem}, each once", where=where, hint=_FETCH)
 
 
 def _check_one_embedding(

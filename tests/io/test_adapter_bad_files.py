@@ -54,9 +54,7 @@ WRONG_VALUES = {
     "target_modules of numbers": ("target_modules", [7]),
     "modules_to_save a string": ("modules_to_save", "lm_head"),
     "target_parameters a string": ("target_parameters", "down_proj"),
-    "tokens negative": ("trainable_token_indices", [-1]),
     "tokens true": ("trainable_token_indices", [True]),
-    "tokens twice": ("trainable_token_indices", [3, 3]),
     "tokens a string": ("trainable_token_indices", {"embed": "3"}),
     "base a list": ("base_model_name_or_path", ["base"]),
     "base with a control character": ("base_model_name_or_path", "base\x1b[2J"),
@@ -225,6 +223,16 @@ FAULTY = {
         },
         {"trainable_token_indices": [1]},
         "rows of 'e' and 'h' differ",
+    ),
+    "rows of a token twice": (
+        {**LINEAR, "e.token_adapter.trainable_tokens_delta": (2, 8)},
+        {"trainable_token_indices": [3, 3]},
+        "for 'e' are .3, 3., expected tokens from 0, each once",
+    ),
+    "rows of a token below 0": (
+        {**LINEAR, "e.token_adapter.trainable_tokens_delta": (1, 8)},
+        {"trainable_token_indices": {"e": [-1]}},
+        "expected tokens from 0",
     ),
     "rows of other tokens": (
         {**LINEAR, "e.token_adapter.trainable_tokens_delta": (2, 8)},
