@@ -11,7 +11,13 @@ from merge_kit.core.tensors import BLOCK, nbytes
 from merge_kit.errors import MergeKitError, PlanError
 from merge_kit.plan.process import process_bytes
 from merge_kit.plan.sources import Merged, Normed, Source, elements
-from merge_kit.plan.step_memory import float_bytes, flops, slab_bytes
+from merge_kit.plan.step_memory import (
+    ALGEBRA_BYTES,
+    float_bytes,
+    flops,
+    multiplies,
+    slab_bytes,
+)
 from merge_kit.plan.values import Bill, Step
 from merge_kit.plan.walk import merged_sources, operands, stored, with_parts
 
@@ -90,7 +96,8 @@ def peak_bytes(steps: Sequence[Step], workers: int, tensors: int, *, sparing: bo
     """Return the resident memory of the whole process."""
     light = max((s.peak_bytes for s in steps if not is_whole(s)), default=0)
     heavy = heavy_bytes(steps, workers, sparing=sparing)
-    return process_bytes() + workers * light + heavy + _TENSOR_BYTES * tensors
+    algebra = ALGEBRA_BYTES if any(multiplies(step) for step in steps) else 0
+    return process_bytes() + algebra + workers * light + heavy + _TENSOR_BYTES * tensors
 
 
 def fit(

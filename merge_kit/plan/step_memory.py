@@ -9,9 +9,22 @@ from merge_kit.core.dtypes import DTYPES
 from merge_kit.core.tensors import BLOCK, nbytes, numel
 from merge_kit.methods.updates import AdapterMethod, Work
 from merge_kit.plan.residency import kept_bytes, raw_bytes, spare_bytes
-from merge_kit.plan.sources import Source, elements
+from merge_kit.plan.sources import LowRank, Source, elements
 from merge_kit.plan.values import Step
-from merge_kit.plan.walk import feeding, is_whole_aux, merged_sources, operand_shape, operands
+from merge_kit.plan.walk import (
+    feeding,
+    is_whole_aux,
+    merged_sources,
+    operand_shape,
+    operands,
+    parts,
+)
+
+ALGEBRA_BYTES = 10_000_000
+"""What products and decompositions add to the process: the code that they load."""
+
+_ALGEBRA_BUFFERS = 2_000_000
+"""What they take for themselves in each thread."""
 
 _YIELDED = 24
 """Bytes of an element of a factor that is yielded: in float64, and while it is rounded."""
@@ -66,10 +79,21 @@ def _own_bytes(step: Step, slab: int) -> int:
     raw = max((raw_bytes(source, longest) for source in operands(step)), default=0)
     spare = max((spare_bytes(source, longest, width) for source in operands(step)), default=0)
     own = count * float_bytes(step) + width * sum(whole) + raw + spare + _statistics_bytes(step)
+    own += _ALGEBRA_BUFFERS if multiplies(step) else 0
     if _factors(step):
         return own + _work(step).scratch_bytes + _YIELDED * sum(t.spec.numel for t in step.outputs)
     scratch = step.method.scratch_bytes(len(step.inputs), count + max(whole, default=0))
     return own + sum(outputs) + scratch
+
+
+def multiplies(step: Step) -> bool:
+    """Return whether a step, or one that feeds it, computes products of matrices."""
+    steps = [step, *(source.step for source in merged_sources(step))]
+    return any(_factors(one) or any(_has_products(s) for s in operands(one)) for one in steps)
+
+
+def _has_products(source: Source) -> bool:
+    return isinstance(source, LowRank) or any(_has_products(part) for part in parts(source))
 
 
 def _slab_count(step: Step, slab: int) -> int:
