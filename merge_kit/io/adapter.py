@@ -144,5 +144,7 @@ def _is_adapter_folder(path: Path) -> bool:
 def _has_factors(tensors: tuple[StoredTensor, ...]) -> bool:
     """Return whether most tensors are those of an adapter, of whichever kind."""
     names = [tensor.spec.name for tensor in tensors]
-    marked = [name for name in names if read_key(name).part in {"a", "b"} or is_other_family(name)]
-    return 0 < len(names) <= 2 * len(marked)
+    parts = [read_key(name).part for name in names if not is_other_family(name)]
+    others = len(names) - len(parts)
+    marked = others + len(parts) - parts.count("whole")
+    return others + parts.count("a") > 0 and len(names) <= 2 * marked

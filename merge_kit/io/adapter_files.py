@@ -52,7 +52,7 @@ def open_files(path: Path, name: str | None) -> AdapterFiles:
     Raises:
         CheckpointError: If nothing is there, or it is broken, incomplete or pickled.
     """
-    if not path.is_dir():
+    if not _is_folder(path):
         checkpoint = open_checkpoint(path, name)
         beside = path.parent / CONFIG
         if path.stem == STEM and beside.exists():
@@ -80,6 +80,13 @@ def open_files(path: Path, name: str | None) -> AdapterFiles:
     if CONFIG in names:
         return _with_config(checkpoint, listing.path(CONFIG))
     return _with_metadata(checkpoint)
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError:  # too long, not readable: opening it says so
+        return False
 
 
 def _all(family: Family) -> tuple[str, ...]:

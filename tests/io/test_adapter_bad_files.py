@@ -368,6 +368,10 @@ def test_a_truncated_adapter_is_refused(tmp_path):
 def test_nothing_at_the_path_is_said_so(tmp_path):
     refused(tmp_path / "absent", "no such folder or file")
     refused(tmp_path, "no .safetensors file")
+    with pytest.raises(CheckpointError, match="cannot open"):
+        open_adapter(tmp_path / ("x" * 5000))
+    assert not is_adapter(tmp_path / ("x" * 5000))
+    assert not is_adapter(tmp_path / "x\0")
 
 
 @pytest.mark.parametrize("key", ["rank_pattern", "alpha_pattern"])

@@ -62,6 +62,12 @@ def test_an_alpha_in_bfloat16_is_read(tmp_path):
     assert update.alpha_tensor.spec.name == "lora_unet_x.alpha"
 
 
+def test_a_file_with_more_numbers_than_factors_is_an_adapter(tmp_path):
+    numbers = {"lora_unet_x.alpha": np.array(1, np.float32), "lora_unet_x.dora_scale": (6, 1)}
+    (update,) = opened(tmp_path, pair("lora_unet_x") | numbers).updates
+    assert len(update.stored) == 4
+
+
 def test_kohya_convolutions_have_the_kernel_in_the_first_factor(tmp_path):
     tensors = pair("lora_unet_conv_in", conv=(3, 3)) | pair("lora_unet_proj_in", conv=(1, 1))
     updates = {update.module: update for update in opened(tmp_path, tensors).updates}
