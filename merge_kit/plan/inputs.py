@@ -16,7 +16,7 @@ from merge_kit.methods.registry import find as find_method
 from merge_kit.plan.applied import apply_adapters
 from merge_kit.plan.models import Model, from_adapter, from_checkpoint
 from merge_kit.plan.values import PlanInput
-from merge_kit.recipe.references import split_reference
+from merge_kit.recipe.references import adapter_reference
 from merge_kit.recipe.stages import entries, references
 from merge_kit.recipe.values import ModelRef, Recipe, Stage
 
@@ -99,7 +99,7 @@ class Inputs:
     def _adapters(self, ref: ModelRef) -> Iterator[tuple[ModelRef, float]]:
         """Yield the adapters of a reference, each as a reference of its own with its weight."""
         for text, weight in ref.applied():
-            yield split_reference(text, self._folder, ref.mark), weight
+            yield adapter_reference(text, self._folder, ref.mark), weight
 
     def _open_one(self, ref: ModelRef, *, wants_adapter: bool) -> None:
         key = ref.path, ref.revision, wants_adapter

@@ -27,13 +27,15 @@ class Ties:
     Attributes:
         embedding: Its name, "" if no head is tied to one.
         head: Name of the head, which the model need not store.
-        heads: The head with its spec, where the model does not store it.
+        heads: The head with its spec, where the model does not store it and could.
+        is_stored: Whether the model stores the head.
         problem: Why the two cannot be parted, "" if they can.
     """
 
     embedding: str = ""
     head: str = ""
     heads: Mapping[str, TensorSpec] = field(default_factory=dict)
+    is_stored: bool = False
     problem: str = ""
 
 
@@ -43,22 +45,26 @@ def ties_of(model: Model) -> Ties:
     classes = config.get("architectures")
     first = str(classes[0]) if isinstance(classes, list) and classes else ""
     known = first.endswith(_WITH_HEAD)
-    if is_tied(model.config) is not True or (first.endswith(_WITHOUT_HEAD) and not known):
+    if is_tied(model.config) is False or (first.endswith(_WITHOUT_HEAD) and not known):
         return Ties()
     head = head_name(names)
     embedding = embedding_for(head or _HEAD, model.specs)
     if embedding is None or names[embedding].component != model.main.path:
         return Ties()
     problem = ""
+    if model.config is None:
+        if head is not None:
+            return Ties()
+        return Ties(embedding, _HEAD, problem="no config.json tells whether there is one")
     if config.get("is_encoder_decoder") is True or embedding.endswith("shared.weight"):
         problem = "an encoder and a decoder share it"
     elif head is None and not known:
         problem = "config.json names no class whose head is known"
     if head is not None:
-        return Ties(embedding, head, {}, problem)
+        return Ties(embedding, head, is_stored=True, problem=problem)
     spec = replace(names[embedding].spec, name=_head_beside(names[embedding].spec.name))
     head = full_name(names[embedding].component, spec.name)
-    return Ties(embedding, head, {head: spec}, problem)
+    return Ties(embedding, head, {head: spec}, problem=problem)
 
 
 def _head_beside(embedding: str) -> str:
@@ -88,7 +94,7 @@ def part_ties(ties: Ties, touched: ByTensor) -> bool:
         _check(ties, below or above, named=bool(above))
     followed = {model: [w for w in ws if _is_shared(w, model)] for model, ws in below.items()}
     leading = {model: [w for w in ws if _is_below(w)] for model, ws in above.items()}
-    if not alike or not ties.heads:
+    if not alike or ties.is_stored:
         touched[ties.head] = _joined(above, followed)
     if below or any(leading.values()):
         touched[ties.embedding] = _joined(below, leading)

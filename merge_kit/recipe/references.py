@@ -22,8 +22,8 @@ def split_reference(text: str, folder: Path | None, mark: Mark) -> ModelRef:
     """Return the reference that a text is: `path`, `path@revision`, `path+adapter`, ...
 
     A path that exists (beside the recipe in `folder`, then in the working directory) is taken
-    whole, whatever `+` and `@` it holds. Adapters stay as written, `adapter@revision`; split
-    each of them with this function.
+    whole, whatever `+` and `@` it holds. Adapters stay as written, `adapter@revision`; see
+    `adapter_reference`.
 
     Raises:
         RecipeError: If a part is empty, has two revisions, or there are more than MAX_PARTS.
@@ -33,6 +33,16 @@ def split_reference(text: str, folder: Path | None, mark: Mark) -> ModelRef:
     for adapter in parts[1:]:
         _revision(adapter, folder, mark)
     return ModelRef(path, revision, tuple(parts[1:]), text, mark)
+
+
+def adapter_reference(text: str, folder: Path | None, mark: Mark) -> ModelRef:
+    """Return the reference of one adapter of a model, `path` or `path@revision`.
+
+    Raises:
+        RecipeError: If it is none.
+    """
+    path, revision = _revision(text, folder, mark)
+    return ModelRef(path, revision, (), text, mark)
 
 
 def read_reference(node: Node, folder: Path | None, findings: Findings) -> ModelRef | None:
@@ -91,9 +101,9 @@ def _weight(node: Node, findings: Findings) -> float | None:
     given = node.content.get("weight") if isinstance(node.content, Mapping) else None
     if given is None or given.content is None:
         return 1.0
-    content = given.content
-    is_number = isinstance(content, int | float | str) and not isinstance(content, bool)
-    number = converted(content, float) if is_number else None
+    content, number = given.content, None
+    if isinstance(content, int | float | str) and not isinstance(content, bool):
+        number = converted(content, float)
     if number is None:
         findings.wrong(given, EXPECTED[float])
         return None

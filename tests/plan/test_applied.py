@@ -481,6 +481,18 @@ def test_a_tie_that_cannot_be_parted_is_refused(tmp_path, config, why):
     assert "trainable_token_indices" in caught.value.hint
 
 
+def test_without_a_config_nothing_tells_whether_a_head_is_tied(tmp_path):
+    own = tied(tmp_path)
+    (tmp_path / "base/config.json").unlink()
+    adapter(tmp_path / "a", ON_EMBEDDING)
+    assert "no config.json tells" in problem_of(passed("base+a"), tmp_path).problem
+    held, at = rows("model.embed_tokens", [1], 1)
+    adapter(tmp_path / "t", ON_Q | held, **at)
+    result = merge(passed("base+t"), tmp_path)
+    assert changed_by(result, before(tmp_path)) == {EMBEDDING, f"{Q.format(0)}.weight"}
+    assert torch.equal(result[EMBEDDING][2:], own[2:])
+
+
 def test_a_model_without_a_head_needs_none(tmp_path):
     own = tied(tmp_path, architectures=["LlamaModel"])
     adapter(tmp_path / "a", ON_EMBEDDING)
@@ -753,6 +765,55 @@ def test_a_quantised_base_takes_no_adapter(tmp_path):
     error = problem_of(passed("base+a"), tmp_path)
     assert "quantised" in error.problem
     assert "to which no adapter can be added" in error.problem
+
+
+# components and other styles ----------------------------------------------------------------------
+
+
+def pipeline(folder: Path) -> dict[str, torch.Tensor]:
+    """Write a pipeline of two components, and return their tensors."""
+    found = {}
+    for component, stem, name in (
+        ("unet", "diffusion_pytorch_model", "down_blocks.0.proj_in.weight"),
+        ("text_encoder", "model", "text_model.encoder.layers.0.q_proj.weight"),
+    ):
+        (folder / component).mkdir(parents=True)
+        tensors = {name: numbers(5, HIDDEN), "norm.weight": numbers(HIDDEN)}
+        save_file(tensors, folder / component / f"{stem}.safetensors")
+        (folder / component / "config.json").write_text("{}")
+        found |= {f"{component}/{key}": tensor for key, tensor in tensors.items()}
+    (folder / "model_index.json").write_text("{}")
+    return found
+
+
+A, B = numbers(2, HIDDEN), numbers(5, 2, start=4)
+MODULES = {
+    "kohya": ("lora_unet_down_blocks_0_proj_in", "lora_te_text_model_encoder_layers_0_q_proj"),
+    "diffusers": ("unet.down_blocks.0.proj_in", "text_encoder.text_model.encoder.layers.0.q_proj"),
+}
+PARTS = {
+    "kohya": {"lora_down.weight": A, "lora_up.weight": B, "alpha": torch.tensor(4.0)},
+    "diffusers": {"lora_A.weight": A, "lora_B.weight": 2 * B},
+}
+STYLES = {
+    style: {f"{module}.{part}": tensor.clone() for part, tensor in PARTS[style].items()}
+    | {f"{other}.{part}": tensor.clone() for part, tensor in PARTS[style].items()}
+    for style, (module, other) in MODULES.items()
+}
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_single_files_change_the_components_of_a_pipeline(tmp_path, style):
+    original = pipeline(tmp_path / "base")
+    save_file(STYLES[style], tmp_path / "a.safetensors")
+    result = merge(passed("base+a.safetensors"), tmp_path)
+    changed = {name for name in original if "norm" not in name}
+    assert changed_by(result, original) == changed
+    for name in changed:
+        assert torch.equal(result[name], original[name] + 2 * B @ A)
+    made = plan(passed("base+a.safetensors"), tmp_path)
+    assert set(fates(made, "input-2")) == set(STYLES[style])
+    assert {what for what, _ in fates(made, "input-2").values()} == {"merged"}
 
 
 # notes -------------------------------------------------------------------------------------------
