@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -194,17 +194,15 @@ KINDS = {
     ),
     "lora_bias": _kind(
         "llama_biased",
-        "q_proj.weight q_proj.bias up_proj.bias",
+        "q_proj up_proj",
         target_modules=["q_proj", "up_proj"],
         lora_bias=True,
         use_rslora=True,
     ),
-    "lora_bias_conv": _kind(
-        "net", "wave.weight wave.bias point.bias", target_modules=["wave", "point"], lora_bias=True
-    ),
+    "lora_bias_conv": _kind("net", "wave point", target_modules=["wave", "point"], lora_bias=True),
     "bias_all": _kind(
         "llama_biased",
-        "q_proj.weight q_proj.bias up_proj.bias",
+        "q_proj.weight bias",
         target_modules=["q_proj"],
         bias="all",
     ),
@@ -216,7 +214,7 @@ KINDS = {
     ),
     "norms_saved": _kind(
         "llama",
-        "model.norm input_layernorm v_proj",
+        "norm v_proj",
         target_modules=["v_proj"],
         modules_to_save=["norm", "input_layernorm"],
     ),
@@ -234,15 +232,19 @@ KINDS = {
     ),
     "tokens_of_both": _kind(
         "llama",
-        "embed_tokens lm_head",
+        "embed_tokens lm_head q_proj",
         target_modules=["q_proj"],
         trainable_token_indices={"embed_tokens": [3, 39], "lm_head": [2]},
     ),
-    "mixtral": _kind("mixtral", "experts", target_modules=["q_proj"], target_parameters=_FUSED),
+    "mixtral": _kind(
+        "mixtral", "experts q_proj", target_modules=["q_proj"], target_parameters=_FUSED
+    ),
     "qwen3_moe": _kind(
         "qwen3_moe", "experts", target_modules=[], target_parameters=_FUSED, use_rslora=True
     ),
-    "gpt_oss": _kind("gpt_oss", "experts", target_modules=["q_proj"], target_parameters=_FUSED),
+    "gpt_oss": _kind(
+        "gpt_oss", "experts q_proj", target_modules=["q_proj"], target_parameters=_FUSED
+    ),
     "tied_head": _kind("llama_tied", "lm_head q_proj", target_modules=["lm_head", "q_proj"]),
     "tied_embedding": _kind(
         "llama_tied", "embed_tokens q_proj", target_modules=["embed_tokens", "q_proj"]
@@ -295,9 +297,9 @@ def make_base(kind: str, folder: Path, dtype: torch.dtype = torch.float64, seed:
 def load_base(kind: str, folder: Path, dtype: torch.dtype = torch.float64) -> Any:
     """Load a base, or what was merged from it, and hold it to its files."""
     if BASES[kind] is Net:
-        model = Net()
+        model = Net().to(dtype)
         model.load_state_dict(load_file(folder / "model.safetensors"), strict=True)
-        return model.to(dtype).eval()
+        return model.eval()
     more = {"experts_implementation": "eager"} if kind in EXPERTS else {}
     model, found = type(BASES[kind]()).from_pretrained(
         folder, output_loading_info=True, dtype=dtype, **more
@@ -401,6 +403,16 @@ def tensors(folder: Path) -> dict[str, Tensor]:
     for path in sorted(folder.glob("*.safetensors")):
         found |= load_file(path)
     return found
+
+
+def scale(model: nn.Module, weights: Sequence[float]) -> nn.Module:
+    """Multiply what each adapter of peft's model adds, and return the model."""
+    for module in model.modules():
+        scaling = getattr(module, "scaling", None)
+        for i, weight in enumerate(weights):
+            if isinstance(scaling, dict) and f"a{i}" in scaling:
+                scaling[f"a{i}"] *= weight
+    return model
 
 
 def changed(base: str, base_folder: Path, changes: Mapping[str, Tensor]) -> Any:

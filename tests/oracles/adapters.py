@@ -134,7 +134,7 @@ def ties(
     """Return TIES of changes: trim, elect by weighted mass, merge what agrees."""
     terms = [w * trimmed(p, d) for p, w, d in zip(parts, weights, densities, strict=True)]
     sign = torch.where(sum(terms) < 0, -1.0, 1.0)
-    agree = [torch.sign(term) == sign for term in terms]
+    agree = [(torch.sign(term) == sign).double() for term in terms]
     total = sum(term * a for term, a in zip(terms, agree, strict=True))
     if not normalize:
         return total
@@ -145,8 +145,15 @@ def ties(
 def knots(
     parts: Sequence[Tensor], weights: Sequence[float], densities: Sequence[float], **more: bool
 ) -> Tensor:
-    """Return TIES in the space that all changes share (KnOTS): out = U ties(S V_1, S V_2, ...)."""
+    """Return TIES in the space that all changes share (KnOTS): out = U ties(S V_1, S V_2, ...).
+
+    A change of zeros would only be rounding there, which votes: it must not be among them.
+
+    Args:
+        parts: (outputs, inputs) or kernels.
+    """
     matrices = [matrix(part) for part in parts]
+    assert all(bool(one.any()) for one in matrices)
     u, s, v = torch.linalg.svd(torch.cat(matrices, dim=1), full_matrices=False)
     kept = s > s[0] * 1e-12
     aligned = (s[:, None] * v)[kept].split([m.shape[1] for m in matrices], dim=1)
