@@ -80,11 +80,11 @@ class Operands:
                 _ASSEMBLED[type(source)](self.read, source, start, stop, out, work)
             case Projected():
                 self._projected(source, start, stop, out, work)
-            case Generated(kind="zeros"):
-                out.zero_()
-            case Generated():
+            case Generated(kind="normal"):
                 drawn = noise.normal((source.seed, source.key), start, stop)
                 out.copy_(drawn.mul_(source.scale))
+            case Generated():
+                out.fill_(source.scale if source.kind == "constant" else 0.0)
 
     def whole(self, source: Source, dtype: torch.dtype, work: Workspace) -> Tensor:
         """Return a whole source in its shape."""

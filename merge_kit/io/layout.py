@@ -19,16 +19,19 @@ ALIGNMENT = 64
 """The data of a shard starts at a multiple of these bytes."""
 
 
-def build_header(tensors: Sequence[TensorSpec]) -> tuple[bytes, tuple[int, ...]]:
+def build_header(
+    tensors: Sequence[TensorSpec], metadata: Mapping[str, str] | None = None
+) -> tuple[bytes, tuple[int, ...]]:
     """Return the first bytes of a safetensors file and the offset of each tensor in the file.
 
     Args:
         tensors: In the order of their bytes; names are unique and none is `__metadata__`.
+        metadata: Free text by key, beside the format.
 
     Raises:
         PlanError: If the header is longer than the format allows.
     """
-    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    entries: dict[str, object] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     starts, stop = [], 0
     for tensor in tensors:
         assert tensor.name not in entries, tensor.name

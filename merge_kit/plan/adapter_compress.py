@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from merge_kit.core.dtypes import promoted
@@ -35,7 +35,7 @@ class Compressor:
         modules: Where the steps go.
         models: Labels of the adapters, entry by entry.
         seed: Of the stage.
-        fitted: What a look at the weights found, by key; None before that.
+        fitted: What a look at the weights found; None before that.
     """
 
     def __init__(
@@ -43,9 +43,10 @@ class Compressor:
         modules: Modules,
         models: Sequence[str],
         seed: int,
-        fitted: Mapping[str, Fitted] | None,
+        fitted: Sequence[Fitted] | None,
     ) -> None:
-        self._modules, self._models, self._seed, self._fitted = modules, models, seed, fitted
+        self._modules, self._models, self._seed = modules, models, seed
+        self._fitted = None if fitted is None else {one.key: one for one in fitted}
 
     def add(self, combinations: Sequence[Combination]) -> None:
         """Add a module for every adapter that is made in which it is computed.
@@ -185,6 +186,7 @@ class Compressor:
             modules.note(one.one, one.rank, 1.0, fitted=fitted)
         for one in made:
             self._bias(one.one)
+            modules.alpha(one.one, one.rank, 1.0, None)
 
     def _bias(self, one: Combination) -> None:
         names = module_names(one.module)

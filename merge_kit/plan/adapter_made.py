@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from merge_kit.io.adapter_values import Kind
 from merge_kit.plan.models import Part
@@ -43,6 +44,7 @@ class AdapterPlan:
         fits: See `Plan.fits`.
         ranks: See `Plan.ranks`.
         fates: Of every tensor of every input.
+        metadata: Folder -> free text by key for the adapter's file.
     """
 
     steps: tuple[Step, ...]
@@ -53,3 +55,4 @@ class AdapterPlan:
     fates: tuple[Fate, ...]
     modules: tuple[OutModule, ...] = ()
     notes: tuple[str, ...] = ()
+    metadata: Mapping[str, Mapping[str, str]] = field(default_factory=dict)

@@ -7,12 +7,13 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from merge_kit.core.dtypes import promoted
-from merge_kit.core.tensors import TensorSpec
+from merge_kit.core.tensors import StoredTensor, TensorSpec
 from merge_kit.methods.passthrough import Passthrough
 from merge_kit.plan.adapter_factors import is_exact, scaled, stacked_a, stacked_b, stored
 from merge_kit.plan.adapter_ledger import Ledger
 from merge_kit.plan.adapter_made import OutModule
 from merge_kit.plan.adapter_names_out import TensorNames, module_names
+from merge_kit.plan.adapter_styles import Form
 from merge_kit.plan.adapter_terms import Combination, Term
 from merge_kit.plan.models import full_name
 from merge_kit.plan.sources import Generated, Source, Stored, Sum
@@ -28,6 +29,7 @@ class Modules:
 
     Attributes:
         dtype: What the stage names, None for that of the factors.
+        form: How scales are said.
         biased: Folders of the adapters whose modules all have a bias of b.
         out: In the order of the steps.
         unchanged: Folders and modules that are left out because nothing changes.
@@ -37,6 +39,7 @@ class Modules:
     number: int
     ledger: Ledger
     biased: frozenset[str]
+    form: Form
     steps: list[Step] = field(default_factory=list)
     out: list[OutModule] = field(default_factory=list)
     ranks: list[ModuleRank] = field(default_factory=list)
@@ -58,6 +61,7 @@ class Modules:
             label = change.member.model.label
             self.add(self.passed(folder, names.magnitude, stored(update.magnitude), label))
         self.bias(one, names, [Term(change, 1.0, change.member.index)], update.scale)
+        self.alpha(one, update.rank, update.scale, update.alpha_tensor)
         self.note(one, update.rank, update.scale, magnitude=update.magnitude is not None)
 
     def nothing(self, one: Combination) -> None:
@@ -69,6 +73,7 @@ class Modules:
         zeros = Generated("zeros", update.b.spec.shape)
         self.add(self.passed(folder, names.b, zeros, label, dtype=update.b.spec.dtype))
         self.bias(one, names, [], update.scale)
+        self.alpha(one, update.rank, update.scale, update.alpha_tensor)
         self.note(one, update.rank, update.scale)
 
     def beside(self, one: Combination) -> None:
@@ -77,13 +82,15 @@ class Modules:
         The scale is that of the term that counts most, whose factors stay as they are.
         """
         names, terms = module_names(one.module), one.counting
-        scale = max(abs(term.scale) for term in terms)
+        scale = 1.0 if self.form == "none" else max(abs(term.scale) for term in terms)
         self._factors(one, names, terms, [term.scale / scale for term in terms])
         self.bias(one, names, terms, scale)
         for term in terms:
             alone = len(terms) == 1 and term.scale == scale and self.dtype is None
             self.ledger.update(term.change.member.model, term.change.update, copied=alone)
-        self.note(one, sum(term.change.update.rank for term in terms), scale)
+        rank = sum(term.change.update.rank for term in terms)
+        self.alpha(one, rank, scale, None)
+        self.note(one, rank, scale)
 
     def _factors(
         self, one: Combination, names: TensorNames, terms: Sequence[Term], ratios: Sequence[float]
@@ -119,6 +126,18 @@ class Modules:
         dtype = promoted([source.dtype for _, source in sources])
         step = self.passed(folder, names.bias, whole, label, dtype=dtype, compute="F64")
         self.add(step)
+
+    def alpha(self, one: Combination, rank: int, scale: float, kept: StoredTensor | None) -> None:
+        """Add the tensor that says the scale, where there is one."""
+        folder, name = one.use.folder, module_names(one.module).alpha
+        label = one.module.changes[0].member.model.label
+        if self.form != "alphas":
+            return
+        if kept is not None:
+            self.add(self.passed(folder, name, stored(kept), label, dtype=kept.spec.dtype))
+            return
+        source = Generated("constant", (), scale=scale * rank)
+        self.add(self.passed(folder, name, source, label, dtype="F32"))
 
     def note(
         self,

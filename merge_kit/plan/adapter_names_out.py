@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,6 +11,8 @@ from merge_kit.io.adapter_values import Style, Update
 from merge_kit.plan.adapter_groups import Member, ModuleGroup
 
 _PREFIX = "base_model.model."
+_ALPHA = re.compile(r"[._]lora[._](?:A|down)\.weight$")
+"""What alpha stands in place of in the name of a."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +54,7 @@ def module_names(module: ModuleGroup) -> TensorNames:
         b=b,
         bias=_name(update, "bias") or f"{stem}.bias",
         magnitude=_name(update, "magnitude") or "",
-        alpha=_name(update, "alpha_tensor") or f"{module.name}.alpha",
+        alpha=_name(update, "alpha_tensor") or _ALPHA.sub(".alpha", update.a.spec.name),
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from merge_kit.errors import MergeKitError, MismatchError, ParameterError, PlanError, RecipeError
@@ -20,6 +20,7 @@ from merge_kit.plan.adapter_made import AdapterPlan
 from merge_kit.plan.adapter_modules import Modules
 from merge_kit.plan.adapter_names_out import common_style
 from merge_kit.plan.adapter_saved import Whole
+from merge_kit.plan.adapter_styles import METADATA, form_of, metadata_text, stem_of
 from merge_kit.plan.adapter_terms import Combination, Terms, Use, active, uses
 from merge_kit.plan.findings import Findings
 from merge_kit.plan.inputs import Inputs
@@ -27,8 +28,6 @@ from merge_kit.plan.models import Part
 from merge_kit.plan.steps import seed_of
 from merge_kit.plan.values import Fitted, SideFile
 from merge_kit.recipe.values import Stage
-
-STEM = "adapter_model"
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +47,7 @@ class _Made:
     def same_as(self) -> Member | None:
         """The one adapter that it is, tensor by tensor, or None."""
         alone = len(self.members) == 1 and all(one.kept is not None for one in self.combinations)
-        return self.members[0] if alone and self.members[0].adapter.config_text else None
+        return self.members[0] if alone else None
 
 
 def adapter_stage(
@@ -79,14 +78,19 @@ def adapter_stage(
         findings.problem(error)
     check_bases(listed, findings)
     findings.raise_any()
-    common_style(listed)
+    form = form_of(common_style(listed), listed)
     terms = Terms(stage, inputs, every)
     made = [_made(use, listed, every, terms) for use in uses(stage)]
     for one in made:
         for error in _unfit(one):
             findings.problem(error)
     findings.raise_any()
-    return _plan(stage, made, terms, findings, (seed_of(stage.name, seed), number), fitted, inputs)
+    labels = [inputs.find(entry.model).label for entry in stage.models]
+    biased = frozenset(one.use.folder for one in made if _biased(one) is not None)
+    modules = Modules(stage, number, Ledger(), biased, form)
+    compressor = Compressor(modules, labels, seed_of(stage.name, seed), fitted)
+    _add_modules(modules, compressor, made, findings)
+    return _plan(modules, made, terms, findings, inputs)
 
 
 def refused_keys(stage: Stage) -> Iterator[MergeKitError]:
@@ -150,21 +154,10 @@ def _biased(made: _Made) -> Member | None:
     return next((change.member for change in changes if change.update.bias is not None), None)
 
 
-def _plan(
-    stage: Stage,
-    made: Sequence[_Made],
-    terms: Terms,
-    findings: Findings,
-    place: tuple[int, int],
-    fitted: Sequence[Fitted] | None,
-    inputs: Inputs,
-) -> AdapterPlan:
-    seed, number = place
-    biased = frozenset(one.use.folder for one in made if _biased(one) is not None)
-    modules = Modules(stage, number, Ledger(), biased)
-    labels = [inputs.find(entry.model).label for entry in stage.models]
-    known = None if fitted is None else {one.key: one for one in fitted}
-    compressor = Compressor(modules, labels, seed, known)
+def _add_modules(
+    modules: Modules, compressor: Compressor, made: Sequence[_Made], findings: Findings
+) -> None:
+    """Add every module of every adapter that is made."""
     by_module: dict[str, list[Combination]] = {}
     for one in made:
         for combination in one.combinations:
@@ -173,25 +166,38 @@ def _plan(
         try:
             _module(modules, compressor, combinations)
         except ParameterError as error:
-            where = f"{stage.mark}: {combinations[0].module.name}"
+            where = f"{modules.stage.mark}: {combinations[0].module.name}"
             findings.problem(RecipeError(error.problem, where=where, hint=error.hint))
         except MergeKitError as error:
             findings.problem(error)
     _fill(modules, made)
+
+
+def _plan(
+    modules: Modules, made: Sequence[_Made], terms: Terms, findings: Findings, inputs: Inputs
+) -> AdapterPlan:
+    """Return what the stage does, with what adapters hold whole, and the files beside."""
     files: list[SideFile] = []
+    metadata: dict[str, Mapping[str, str]] = {}
     for one in made:
-        files += _files(one, modules, terms, findings)
+        whole = _whole(one, modules, terms, findings)
+        if modules.form == "config":
+            files.append(_config(one, modules, whole))
+        elif modules.form == "metadata":
+            metadata[one.use.folder] = {METADATA: _metadata(one, modules)}
+        files += tokenizer_files(one.use.folder, one.members[0])
     findings.raise_any()
     _left_out(modules, made)
     return AdapterPlan(
         steps=tuple(modules.steps),
-        parts=tuple(Part(one.use.folder, STEM, None) for one in made),
+        parts=tuple(Part(one.use.folder, stem_of(modules.form), None) for one in made),
         files=tuple(files),
         fits=tuple(modules.fits),
         ranks=tuple(modules.ranks),
         fates=modules.ledger.fates(inputs.models),
         modules=tuple(modules.out),
         notes=_notes(modules),
+        metadata=metadata,
     )
 
 
@@ -217,23 +223,38 @@ def _is_laid_out(one: Combination) -> bool:
     return method.works_on == "concatenation" or (exact and one.module.kind == "experts")
 
 
-def _files(made: _Made, modules: Modules, terms: Terms, findings: Findings) -> list[SideFile]:
-    """Add what an adapter holds whole; return its config and what is copied beside it."""
+def _whole(made: _Made, modules: Modules, terms: Terms, findings: Findings) -> Whole:
+    """Add what an adapter holds whole."""
     folder, use = made.use.folder, made.use
-    own = [one for one in modules.out if one.folder == folder]
+    changed = frozenset(one.module for one in modules.out if one.folder == folder)
     method = made.combinations[0].method if made.combinations else terms.method("", use)
-    whole = Whole(modules, folder, method, frozenset(one.module for one in own))
+    whole = Whole(modules, folder, method, changed)
     whole.add(made.members, lambda member, tensor: terms.weight(member, tensor, use))
     for error in whole.errors:
         findings.problem(error)
-    beside = tokenizer_files(folder, made.members[0])
+    return whole
+
+
+def _config(made: _Made, modules: Modules, whole: Whole) -> SideFile:
+    folder = made.use.folder
     if made.same_as is not None:
-        return [same_config(folder, made.same_as), *beside]
-    left_out = any(where == folder for where, _ in modules.unchanged)
-    config = config_file(
-        folder, made.members, own, tokens=whole.tokens, biases=whole.biases, left_out=left_out
+        return same_config(folder, made.same_as)
+    return config_file(
+        folder,
+        made.members,
+        [one for one in modules.out if one.folder == folder],
+        tokens=whole.tokens,
+        biases=whole.biases,
+        left_out=any(where == folder for where, _ in modules.unchanged),
     )
-    return [config, *beside]
+
+
+def _metadata(made: _Made, modules: Modules) -> str:
+    same = made.same_as
+    if same is not None and same.adapter.config_text is not None:
+        return same.adapter.config_text
+    own = [one for one in modules.out if one.folder == made.use.folder]
+    return metadata_text(made.members[0], own)
 
 
 def _fill(modules: Modules, made: Sequence[_Made]) -> None:

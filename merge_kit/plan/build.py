@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -174,7 +175,9 @@ def _model_draft(planner: _Planner, planned: list[_Planned]) -> Draft:
 
 def _adapter_draft(planner: _Planner, planned: list[_Planned], made: AdapterPlan) -> Draft:
     recipe, inputs, findings = planner.recipe, planner.inputs, planner.findings
-    steps, shards, indexes = place_steps(made.parts, made.steps, recipe.shard_size_bytes)
+    if sum(t.spec.nbytes for s in made.steps for t in s.outputs) > recipe.shard_size_bytes:
+        findings.note("an adapter is one file, whatever its size: peft reads no shards")
+    steps, shards, _ = place_steps(made.parts, made.steps, sys.maxsize, metadata=made.metadata)
     _note_warnings(planner)
     for one in planned:
         _note_added_base(findings, one)
@@ -190,7 +193,7 @@ def _adapter_draft(planner: _Planner, planned: list[_Planned], made: AdapterPlan
         method=output.merge_method,
         steps=steps,
         shards=shards,
-        side_files=[*made.files, *indexes],
+        side_files=made.files,
         inputs=inputs.as_values(base),
         fates=made.fates,
         notes=findings.notes,

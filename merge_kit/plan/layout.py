@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from merge_kit.io.layout import build_header, build_index, index_name, plan_shards, shard_names
@@ -24,6 +24,7 @@ def place_steps(
     steps: Sequence[Step],
     shard_size_bytes: int,
     components: Sequence[str] | None = None,
+    metadata: Mapping[str, Mapping[str, str]] | None = None,
 ) -> tuple[list[Step], list[Shard], list[SideFile]]:
     """Return steps with their targets in write order, the shards, and the index files.
 
@@ -31,6 +32,7 @@ def place_steps(
         parts: The folders of the output, in the order in which they are written.
         components: The folder of each step's output; by default, of each output, what its key has
             in front of its name.
+        metadata: Free text by key for the files of a folder.
     """
     placed = [list(step.outputs) for step in steps]
     order: dict[int, None] = {}
@@ -48,7 +50,9 @@ def place_steps(
         names = shard_names(part.stem, len(groups))
         weight_map = {}
         for name, members in zip(names, groups, strict=True):
-            header, offsets = build_header([specs[m] for m in members])
+            header, offsets = build_header(
+                [specs[m] for m in members], (metadata or {}).get(part.path)
+            )
             end = len(header)
             for m, offset in zip(members, offsets, strict=True):
                 i, j = own[m]

@@ -207,9 +207,14 @@ class Normed:
 
 @dataclass(frozen=True, slots=True)
 class Generated:
-    """Zeros, or normal random numbers of standard deviation `scale` keyed by `key` and seed."""
+    """Numbers from no file.
 
-    kind: Literal["zeros", "normal"]
+    Attributes:
+        kind: zeros; constant, all of them `scale`; or normal, random numbers of standard deviation
+            `scale` keyed by `key` and seed.
+    """
+
+    kind: Literal["zeros", "constant", "normal"]
     shape: tuple[int, ...]
     key: str = ""
     seed: int = 0
