@@ -48,8 +48,7 @@ def extraction(
     findings.raise_any()
     known = None if fitted is None else {one.key: one for one in fitted}
     maker = Maker(stage, entry, pairs, (seed_of(stage.name, seed), number), known)
-    for pair in pairs.pairs:
-        maker.look(pair)
+    maker.look()
     rest = maker.rest(findings)
     findings.raise_any()
     if not maker.modules and not rest.whole:

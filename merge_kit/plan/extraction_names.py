@@ -45,6 +45,7 @@ _TURNED_LEAVES = ("c_attn", "c_proj", "c_fc", "q_attn")
 
 _TABLE = re.compile(r"embed|^wte$|^wpe$|^shared$|position|token_type|attention_bias$")
 _ROUTERS = ("gate", "router", "shared_expert_gate")
+_EXPERT = re.compile(r"\.experts\.\d+\.")
 _CONV_AXES = (3, 4, 5)
 
 TASKS = {
@@ -88,6 +89,15 @@ def module_of(name: str, prefix: str) -> str:
     """Return the path of the module that has a tensor, as programs see it."""
     whole = name if not prefix or is_head(name) else prefix + name
     return whole.rpartition(".")[0]
+
+
+def is_expert(module: str) -> bool:
+    """Return whether a module is one expert of several that files store apart.
+
+    Programs lay them together as they load: their factors must all have one rank, and none may be
+    left out if one is there.
+    """
+    return _EXPERT.search(module) is not None
 
 
 def module_now(module: str) -> str:

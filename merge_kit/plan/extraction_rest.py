@@ -58,9 +58,10 @@ def rest_of(
     _refuse(rest, [pair.name for pair in changed if choices[pair.name] == "refuse"], tuned)
     saved = [pair for pair in changed if choices[pair.name] == "save"]
     modules = _Modules(pairs, factored)
-    chosen = modules.around({pair.module for pair in saved if pair.leaf != "bias"})
+    wanted = {pair.module for pair in saved if pair.leaf != "bias"}
+    chosen = modules.around(wanted)
     outcasts = [pair for pair in saved if pair.leaf != "bias" and not modules.holds(pair.module)]
-    clashes = [module for module in chosen if not modules.holds(module)]
+    clashes = [m for m in chosen if m not in wanted and not modules.holds(m)]
     tie = _Tie(*models, pairs, saved)
     outcasts += tie.broken
     _cannot(rest, list(dict.fromkeys([p.name for p in outcasts] + clashes)), tuned)

@@ -15,6 +15,7 @@ from merge_kit.plan.adapter_made import OutModule
 from merge_kit.plan.assemble import depth
 from merge_kit.plan.changes import alone
 from merge_kit.plan.evaluate import Evaluator
+from merge_kit.plan.extraction_names import is_expert
 from merge_kit.plan.extraction_pairs import Pair, Pairs
 from merge_kit.plan.extraction_rest import Rest, rest_of
 from merge_kit.plan.findings import Findings
@@ -69,18 +70,26 @@ class Maker:
         self.ranks: list[ModuleRank] = []
         self.modules: list[OutModule] = []
 
-    def look(self, pair: Pair) -> None:
-        """Take in a pair: its factors, or what is known of it."""
-        if pair.known == "equal":
-            return
-        method = self._method(pair)
-        if pair.kind is None:
-            self._choices[pair.name] = method.rest
-            self._others.append((pair, self._of_other(pair)))
-            return
-        bound = method.rank_bound((), pair.matrix)
-        rank = self._rank(pair, method, bound)
-        if rank:
+    def look(self) -> None:
+        """Take in all pairs: their factors, or what is known of them."""
+        ranks: list[tuple[Pair, LoraExtract, int]] = []
+        for pair in self._pairs.pairs:
+            if pair.known == "equal" and not (pair.kind and is_expert(pair.module)):
+                continue
+            method = self._method(pair)
+            if pair.kind is None:
+                self._choices[pair.name] = method.rest
+                self._others.append((pair, self._of_other(pair)))
+            else:
+                rank = self._rank(pair, method, method.rank_bound((), pair.matrix))
+                ranks.append((pair, method, rank))
+        of_experts = max((rank for pair, _, rank in ranks if is_expert(pair.module)), default=0)
+        for pair, method, rank in ranks:
+            self._add(pair, method, of_experts if is_expert(pair.module) else rank)
+
+    def _add(self, pair: Pair, method: LoraExtract, rank: int) -> None:
+        """Add the factors of a matrix that is changed."""
+        if rank and pair.kind is not None:
             self.steps.append(self._factors(pair, method, rank))
             self.modules.append(OutModule("", pair.module, pair.kind, rank, 1.0))
             self.ranks.append(ModuleRank(pair.module, rank, method.energy is not None, _a(pair)))
@@ -112,6 +121,8 @@ class Maker:
 
     def _rank(self, pair: Pair, method: LoraExtract, bound: int) -> int:
         """Return the rank of a matrix, the largest that it can have before it is looked at."""
+        if pair.known == "equal":
+            return 0
         if not self._is_fitted:
             look = self._factors(pair, method, bound) if method.energy else self._compared(pair)
             self.fits.append(look)
