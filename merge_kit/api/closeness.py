@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import sqrt
 
+from merge_kit.errors import UsageError
+
 
 @dataclass(frozen=True, slots=True)
 class Pair:
@@ -120,9 +122,18 @@ class AdapterComparison:
     notes: tuple[str, ...]
 
     def pair(self, one: int = 0, other: int = 1) -> Pair:
-        """Return two adapters in all modules, by their positions."""
+        """Return two adapters in all modules, by their positions.
+
+        Raises:
+            UsageError: If they are no two of these adapters.
+        """
         wanted = (min(one, other), max(one, other))
-        return next(pair for pair in self.total.pairs if pair.adapters == wanted)
+        found = next((pair for pair in self.total.pairs if pair.adapters == wanted), None)
+        if found is None:
+            last = len(self.names) - 1
+            problem = f"found the positions {one} and {other}"
+            raise UsageError(f"{problem}, expected two different ones from 0 to {last}")
+        return found
 
     def __str__(self) -> str:
         rows: list[tuple[str, ...]] = [("", "", "cosine", "interference", "outputs", "inputs")]

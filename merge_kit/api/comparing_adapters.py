@@ -54,11 +54,13 @@ def compare_adapters(adapters: Sequence[str | PathLike[str]]) -> AdapterComparis
 
 def compared(adapters: Sequence[Adapter]) -> AdapterComparison:
     """Return how close adapters are that are open already."""
+    from merge_kit.engine.threads import one_torch_thread  # noqa: PLC0415  (torch)
+
     names = tuple(_distinct([adapter.checkpoint.name for adapter in adapters]))
     found = _by_module(adapters)
     _check_shapes(found, names)
     files = {f.path: f for a in adapters for c in a.checkpoint.components for f in c.files}
-    with Reader(files.values()) as reader:
+    with Reader(files.values()) as reader, one_torch_thread():  # small QRs are faster on one
         rows = tuple(_row(reader, name, found[name]) for name in sorted(found, key=natural_key))
         reader.check_all()
     by_layer: dict[str, list[Row]] = {}

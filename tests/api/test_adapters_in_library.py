@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import FrozenInstanceError, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -627,30 +627,54 @@ def test_what_adapters_are_made_of_is_checked(made):
         mk.merge_tensors("lora_svd", [torch.ones(2, 2)])
 
 
-# Comparing
+# A fine-tune as an adapter
 
 
-def test_a_comparison_is_a_frozen_value(made):
-    found = mk.compare_adapters([made.path("sort"), made.path("add"), made.path("sort")])
-    assert found.names == ("sort (1)", "add", "sort (3)")
-    assert found.bases == ("org/base",) * 3
-    assert [row.name for row in found.layers] == [EMBED, "model.layers.0", "model.layers.1"]
-    pair = found.pair(0, 1)
-    assert (pair.adapters, pair.shared) == ((0, 1), 2)
-    assert found.pair(2, 0).cosine == pytest.approx(1.0)
-    with pytest.raises(FrozenInstanceError):
-        pair.dot = 0.0
-    lines = str(found).splitlines()
-    assert len(lines) == 4
-    assert f"{pair.cosine:.4f}" in lines[1]
+def low_rank_change(made: Made) -> dict[str, Tensor]:
+    """Return a fine-tune of the base whose linear layers changed by two directions each."""
+    fine = added(made.base, (1.0, made.add))
+    return {n: fine[n].float() if t.is_floating_point() else t for n, t in made.base.items()}
 
 
-@pytest.mark.parametrize("adapters", [[], ["one"], "sort"])
-def test_two_adapters_are_needed_for_a_comparison(adapters):
-    with pytest.raises(mk.UsageError, match=r"compare, expected two|type str, expected a list"):
-        mk.compare_adapters(adapters)
+def test_a_change_of_low_rank_is_recovered(made, tmp_path):
+    write(tmp_path / "fine", low_rank_change(made), {"model_type": "toy"})
+    adapter = mk.extract(tmp_path / "fine", made.path("base"), rank=2)
+    folder = adapter.save(tmp_path / "adapter")
+    assert_same(adapter.state_dict(), load_file(folder / "adapter_model.safetensors"))
+    found = mk.TaskVector.from_adapter(folder).state_dict()
+    assert found.keys() == made.add.keys()
+    for name, delta in made.add.items():
+        assert float((found[name] - delta).norm() / delta.norm()) < 1e-5, name
 
 
-def test_a_model_is_no_adapter_to_compare(made):
-    with pytest.raises(mk.CheckpointError):
-        mk.compare_adapters([made.path("sort"), made.path("base")])
+@pytest.mark.parametrize("asked", [{"rank": 1}, {"energy": 0.9}])
+def test_an_extraction_has_the_bytes_of_its_recipe(made, tmp_path, asked):
+    paths = made.path("code"), made.path("base")
+    mk.extract(*paths, rest="drop", **asked).save(tmp_path / "library")
+    recipe = {
+        "merge_method": "lora_extract",
+        "base_model": str(paths[1]),
+        "models": [{"model": str(paths[0])}],
+        "parameters": {"rest": "drop", **asked},
+    }
+    mk.merge(recipe, tmp_path / "recipe")
+    assert weights(tmp_path / "library") == weights(tmp_path / "recipe")
+    by_method = mk.lora_extract(paths[1], [paths[0]], rest="drop", **asked)
+    assert_same(by_method.state_dict(), mk.load(tmp_path / "library").state_dict())
+
+
+def test_what_an_extraction_needs_is_checked(made):
+    with pytest.raises(mk.MergeKitError, match="rank and energy are both missing"):
+        mk.extract(made.path("code"), made.path("base")).plan()
+    with pytest.raises(mk.UsageError, match="made of what is on disk"):
+        mk.extract(made.code, made.path("base"), rank=1).plan()
+    with pytest.raises(mk.UsageError, match="lora_extract needs a base"):
+        mk.lora_extract([made.path("code")], rank=1)
+
+
+def test_a_model_with_an_adapter_is_extracted_too(made, tmp_path):
+    on_top = mk.load(made.path("base")).with_adapter(made.path("add"), weight=0.5)
+    folder = mk.extract(on_top, made.path("base"), rank=2).save(tmp_path / "half")
+    found = mk.TaskVector.from_adapter(folder).state_dict()
+    for name, delta in made.add.items():
+        assert float((found[name] - 0.5 * delta).norm() / delta.norm()) < 1e-6, name
