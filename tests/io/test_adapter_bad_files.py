@@ -413,3 +413,34 @@ def test_any_config_is_read_or_refused(config):
     except MergeKitError:
         rank = 1
     assert 1 <= rank <= MAX_RANK
+
+
+SEGMENTS = st.sampled_from(
+    [
+        *("base_model", "model", "l", "q_proj", "experts", "base_layer", "lora_A", "lora_B"),
+        *("lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector", "weight", "bias"),
+        *("token_adapter", "trainable_tokens_delta", "modules_to_save", "original_module"),
+        *("default", "alpha", "dora_scale", "lora_down", "lora_up", "lora", "down", "up"),
+        *("to_q_lora", "processor", "embed_tokens", "unet", "lora_unet_x"),
+    ]
+)
+NAMES = st.lists(SEGMENTS, min_size=1, max_size=6).map(".".join)
+SHAPES = st.lists(st.integers(0, 4), max_size=3).map(tuple)
+
+
+@given(
+    tensors=st.dictionaries(NAMES, SHAPES, max_size=5),
+    config=st.sampled_from([None, CONFIG, CONFIG | {"target_parameters": ["up", "l.down"]}]),
+)
+def test_any_names_and_shapes_are_read_or_refused(tmp_path_factory, tensors, config):
+    folder = tmp_path_factory.mktemp("any")
+    write_file(folder / "adapter_model.safetensors", tensors)
+    if config is not None:
+        (folder / "adapter_config.json").write_text(json.dumps(config))
+    try:
+        adapter = open_adapter(folder)
+    except MergeKitError:
+        return
+    used = [one for update in adapter.updates for one in update.stored]
+    used += [one.stored for one in (*adapter.saved, *adapter.rows)]
+    assert sorted([one.spec.name for one in used] + list(adapter.dropped)) == sorted(tensors)
