@@ -36,7 +36,7 @@ def _differ(step: Step, model: str) -> MismatchError:
     spec = step.outputs[0].spec
     if is_float(spec.dtype):  # what adapters hold whole
         return MismatchError(
-            f"{step.models[0]} and {model} hold it whole, with different values",
+            f"{step.models[0]} and {model} hold {step.note or 'it'} whole, with different values",
             where=step.outputs[0].key,
             hint="set parameters: {saved: first} to take it from the first of them or {saved: "
             "mean} to average it, or leave one of the two out",

@@ -97,9 +97,11 @@ class Modules:
     ) -> None:
         updates = [term.change.update for term in terms]
         label, folder = labels(terms), one.use.folder
-        compute: Compute = "F32" if all(is_exact(ratio) for ratio in ratios) else "F64"
         a = promoted([update.a.spec.dtype for update in updates])
         b = promoted([update.b.spec.dtype for update in updates])
+        # a product in float32 is rounded once more, which shows only where the output is as fine
+        fine = (self.dtype or b) in ("F32", "F64") and not all(is_exact(r) for r in ratios)
+        compute: Compute = "F64" if fine else "F32"
         self.add(self.passed(folder, names.a, stacked_a(updates), label, dtype=a))
         both = stacked_b(updates, ratios)
         self.add(self.passed(folder, names.b, both, label, dtype=b, compute=compute))

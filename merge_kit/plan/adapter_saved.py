@@ -129,9 +129,9 @@ class Whole:
             problem = f"{_named(holders)} hold it whole, in {' and '.join(sorted(dtypes))}"
             self.errors.append(MismatchError(problem, where=tensor, hint=_HINT))
         else:
-            self._equal(name, holders)
+            self._equal(name, tensor, holders)
 
-    def _equal(self, name: str, holders: Sequence[Holder]) -> None:
+    def _equal(self, name: str, tensor: str, holders: Sequence[Holder]) -> None:
         """Add a copy whose holders must hold the same bytes, which the run looks at first."""
         first, others = holders[0], holders[1:]
         step = self.modules.passed(
@@ -142,6 +142,7 @@ class Whole:
                 step,
                 agree=tuple(stored(holder.tensor) for holder in others),
                 agree_models=tuple(holder.member.model.label for holder in others),
+                note=tensor,
             )
         )
         for holder in holders:
