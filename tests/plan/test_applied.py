@@ -1,4 +1,4 @@
-"""Adapters applied on the fly: what each tensor is then made of, and what is refused."""
+"""Adapters applied on the fly: what each tensor is then made of."""
 
 from __future__ import annotations
 
@@ -7,107 +7,46 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
-from merge_kit.errors import CheckpointError, MergeKitError, MismatchError, PlanError
+from merge_kit.errors import MismatchError
 from merge_kit.plan.describe import summary
 from merge_kit.plan.describe_json import plan_json
 from merge_kit.plan.describe_steps import rule_lines
-from merge_kit.plan.sources import Generated, LowRank, Stored
-from merge_kit.plan.walk import stored
+from tests.plan.adapters_by_hand import (
+    EMBEDDING,
+    HEAD,
+    HIDDEN,
+    NORM,
+    ON_Q,
+    ON_UP,
+    PREFIX,
+    SAVED,
+    TOKENS,
+    Q,
+    adapter,
+    base,
+    before,
+    change,
+    changed_by,
+    dora,
+    factors,
+    fates,
+    numbers,
+    passed,
+    rows,
+    weighed,
+    write_models,
+)
 from tests.toys import merge, plan, write
-
-HIDDEN, TOKENS = 3, 4
-EMBEDDING, HEAD, NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
-Q, UP = "model.layers.{}.self_attn.q_proj", "model.layers.{}.mlp.up_proj"
-PREFIX = "base_model.model."
-F32 = torch.float32
-
-
-def numbers(*shape: int, start: int = 1) -> torch.Tensor:
-    """Return small whole numbers, with which every sum here is exact."""
-    count = torch.Size(shape).numel()
-    return (torch.arange(start, start + count) % 7 - 3).float().reshape(shape)
-
-
-def base(folder: Path, *, dtype=F32, layers: int = 2, tensors=(), **config) -> Path:
-    """Write a model of two layers, with a head of its own unless it is tied."""
-    found = {EMBEDDING: numbers(TOKENS, HIDDEN), NORM: numbers(HIDDEN, start=3)}
-    for i in range(layers):
-        found[f"{Q.format(i)}.weight"] = numbers(HIDDEN, HIDDEN, start=i)
-        found[f"{UP.format(i)}.weight"] = numbers(5, HIDDEN, start=i + 2)
-    if not config.get("tie_word_embeddings"):
-        found[HEAD] = numbers(TOKENS, HIDDEN, start=5)
-    found |= dict(tensors)
-    settings = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "num_hidden_layers": layers,
-        "tie_word_embeddings": False,
-        **config,
-    }
-    return write(folder, {k: v.to(dtype) for k, v in found.items()}, settings)
-
-
-def adapter(folder: Path, tensors: dict[str, torch.Tensor], **config) -> Path:
-    """Write an adapter of peft; its names lack the prefix."""
-    folder.mkdir(parents=True)
-    named = {PREFIX + name: tensor.contiguous() for name, tensor in tensors.items()}
-    save_file(named, folder / "adapter_model.safetensors")
-    targets = sorted({name.split(".lora_")[0].split(".")[-1] for name in tensors})
-    settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": targets, **config}
-    (folder / "adapter_config.json").write_text(json.dumps(settings))
-    return folder
-
-
-def factors(module: str, out: int, into: int, *, start: int = 1, rank: int = 2, dtype=F32):
-    """Return a and b of a linear module."""
-    a, b = numbers(rank, into, start=start), numbers(out, rank, start=start + 3)
-    return {f"{module}.lora_A.weight": a.to(dtype), f"{module}.lora_B.weight": b.to(dtype)}
-
-
-def change(tensors: dict[str, torch.Tensor], module: str, scale: float = 2.0) -> torch.Tensor:
-    b, a = tensors[f"{module}.lora_B.weight"], tensors[f"{module}.lora_A.weight"]
-    return scale * b.double() @ a.double()
-
-
-ON_Q = factors(Q.format(0), HIDDEN, HIDDEN)
-ON_UP = factors(UP.format(1), 5, HIDDEN, start=2)
-"""Two adapters that have no tensor in common; whole numbers, so that every order is exact."""
 
 
 @pytest.fixture
 def models(tmp_path):
-    """Write a base, and two adapters for it."""
-    base(tmp_path / "base")
-    adapter(tmp_path / "a", ON_Q)
-    adapter(tmp_path / "b", ON_UP)
-    return tmp_path
+    return write_models(tmp_path)
 
 
-def passed(*references: object) -> str:
-    """Return the recipe that only applies adapters."""
-    entries = [{"model": reference} for reference in references]
-    return json.dumps({"merge_method": "passthrough", "models": entries})
-
-
-def weighed(base_name: str, **weights: float) -> dict:
-    return {"model": base_name, "lora": [{"path": k, "weight": w} for k, w in weights.items()]}
-
-
-def fates(made, key: str) -> dict[str, tuple[str, str]]:
-    return {fate.tensor: (fate.what, fate.why) for fate in made.fates if fate.model == key}
-
-
-def before(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "base" / "model.safetensors")
-
-
-def changed_by(result, original) -> set[str]:
-    return {name for name, tensor in result.items() if not torch.equal(tensor, original[name])}
-
-
-# one adapter -------------------------------------------------------------------------------------
+# one adapter --------------------------------------------------------------------------------------
 
 
 def test_the_change_is_alpha_over_rank_times_b_a(models):
@@ -173,7 +112,7 @@ def test_a_plan_of_adapters_can_be_described(models):
     assert json.loads(json.dumps(plan_json(made)))["tensors"]["copied"] == 5
 
 
-# several, and their weights ----------------------------------------------------------------------
+# several, and their weights -----------------------------------------------------------------------
 
 
 def test_changes_of_several_adapters_add_up_in_any_order(models):
@@ -205,7 +144,7 @@ def test_an_adapter_less_itself_changes_no_byte_and_is_dropped(models):
     assert not changed_by(merge(passed(both), models), before(models))
 
 
-# other layouts of a weight -----------------------------------------------------------------------
+# other layouts of a weight ------------------------------------------------------------------------
 
 
 def test_a_weight_that_is_stored_with_inputs_first_takes_the_transpose(tmp_path):
@@ -264,10 +203,6 @@ def test_a_bias_changes_by_the_scale_times_that_of_b(tmp_path):
     assert torch.equal(result[name], bias[name] + torch.tensor([1.0, -2.0, 3.0]))
 
 
-def dora(module: str, magnitude: torch.Tensor) -> dict[str, torch.Tensor]:
-    return {f"{module}.lora_magnitude_vector": magnitude}
-
-
 def test_lengths_of_dora_are_those_of_its_own_sum(tmp_path):
     base(tmp_path / "base", dtype=torch.float64)
     lengths = torch.tensor([1.0, 2.0, 4.0])
@@ -287,9 +222,7 @@ def test_lengths_of_dora_are_those_of_its_own_sum(tmp_path):
         assert torch.allclose(result, wanted, rtol=0, atol=1e-13)
 
 
-# tensors that an adapter holds whole -------------------------------------------------------------
-
-SAVED = {"model.norm.weight": torch.tensor([7.0, 8.0, 9.0])}
+# tensors that an adapter holds whole --------------------------------------------------------------
 
 
 def test_a_tensor_that_is_held_whole_is_copied_and_the_bases_is_dropped(models):
@@ -319,13 +252,6 @@ def test_the_weight_of_what_is_held_whole_is_that_of_the_difference(models):
     result = merge(passed(weighed("base", s=0.5)), models)[NORM]
     assert torch.equal(result, norm + 0.5 * (SAVED[NORM] - norm))
     assert fates(plan(passed(weighed("base", s=0.5)), models), "input-1")[NORM][0] == "merged"
-
-
-def rows(module: str, tokens: list[int], start: int) -> tuple[dict, dict]:
-    name = f"{module}.token_adapter.trainable_tokens_delta"
-    layer = module.rpartition(".")[2]
-    held = {name: numbers(len(tokens), HIDDEN, start=start) + 10}
-    return held, {"trainable_token_indices": {layer: tokens}}
 
 
 def test_rows_of_tokens_take_the_place_of_the_bases(models):
@@ -366,142 +292,7 @@ def test_a_vocabulary_of_another_size_is_refused_with_both_shapes(models):
     assert "F32 [6, 3], model.embed_tokens.weight is F32 [4, 3]" in caught.value.problem
 
 
-# tied heads --------------------------------------------------------------------------------------
-
-
-def tied(folder: Path, **more) -> torch.Tensor:
-    """Write a tied model, and return its embedding."""
-    base(folder / "base", tie_word_embeddings=True, **more)
-    return before(folder)[EMBEDDING]
-
-
-def result_of(folder: Path, recipe: str):
-    made = plan(recipe, folder)
-    config = next(file.text for file in made.side_files if file.name == "config.json")
-    return merge(recipe, folder), json.loads(config or "")["tie_word_embeddings"]
-
-
-ON_EMBEDDING = {
-    "model.embed_tokens.lora_embedding_A": numbers(2, TOKENS),
-    "model.embed_tokens.lora_embedding_B": numbers(HIDDEN, 2, start=4),
-}
-CHANGE = 2 * (numbers(HIDDEN, 2, start=4) @ numbers(2, TOKENS)).T
-
-
-def test_an_embedding_that_changes_leaves_the_tied_head_as_it_was(tmp_path):
-    own = tied(tmp_path)
-    adapter(tmp_path / "a", ON_EMBEDDING)
-    result, is_tied = result_of(tmp_path, passed("base+a"))
-    assert torch.equal(result[EMBEDDING], own + CHANGE)
-    assert torch.equal(result[HEAD], own)
-    assert is_tied is False
-    notes = plan(passed("base+a"), tmp_path).notes
-    assert any("lm_head.weight is no longer tied" in note for note in notes)
-
-
-def test_a_tied_head_that_changes_leaves_the_embedding_as_it_was(tmp_path):
-    own = tied(tmp_path)
-    parts = factors("lm_head", TOKENS, HIDDEN)
-    adapter(tmp_path / "a", parts)
-    result, is_tied = result_of(tmp_path, passed("base+a"))
-    assert torch.equal(result[EMBEDDING], own)
-    assert torch.equal(result[HEAD], own + change(parts, "lm_head").float())
-    assert is_tied is False
-    assert fates(plan(passed("base+a"), tmp_path), "input-1")[EMBEDDING] == ("merged", "")
-
-
-def test_rows_of_tokens_are_those_of_the_tied_head_too(tmp_path):
-    tied(tmp_path)
-    held, at = rows("model.embed_tokens", [1], 1)
-    adapter(tmp_path / "a", ON_Q | held, **at)
-    result, is_tied = result_of(tmp_path, passed("base+a"))
-    assert HEAD not in result
-    assert is_tied is True
-
-
-def test_a_tie_that_the_adapter_ensures_is_kept(tmp_path):
-    own = tied(tmp_path)
-    adapter(tmp_path / "a", ON_EMBEDDING, ensure_weight_tying=True)
-    result, is_tied = result_of(tmp_path, passed("base+a"))
-    assert HEAD not in result
-    assert is_tied is True
-    assert torch.equal(result[EMBEDDING], own + CHANGE)
-
-
-def test_a_tied_head_that_is_stored_as_well_follows_rows_and_is_kept_otherwise(tmp_path):
-    own = tied(tmp_path, tensors={HEAD: numbers(TOKENS, HIDDEN)})
-    held, at = rows("model.embed_tokens", [1], 1)
-    adapter(tmp_path / "t", ON_Q | held, **at)
-    adapter(tmp_path / "e", ON_EMBEDDING)
-    result, is_tied = result_of(tmp_path, passed("base+t"))
-    assert is_tied is True
-    assert torch.equal(result[HEAD], result[EMBEDDING])
-    result, is_tied = result_of(tmp_path, passed("base+e"))
-    assert is_tied is False
-    assert torch.equal(result[HEAD], own)
-
-
-def test_what_lies_below_an_update_of_a_tied_embedding_is_the_heads_too(tmp_path):
-    tied(tmp_path)
-    below = numbers(TOKENS, HIDDEN, start=6)
-    adapter(tmp_path / "a", ON_EMBEDDING | {"model.embed_tokens.base_layer.weight": below})
-    result, is_tied = result_of(tmp_path, passed("base+a"))
-    assert is_tied is False
-    assert torch.equal(result[EMBEDDING], below + CHANGE)
-    assert torch.equal(result[HEAD], below)
-
-
-def test_a_tied_model_and_an_untied_overlay_of_it_merge_with_a_head(tmp_path):
-    own = tied(tmp_path)
-    adapter(tmp_path / "a", factors("lm_head", TOKENS, HIDDEN))
-    recipe = """
-merge_method: task_arithmetic
-base_model: base
-models: [{model: a, parameters: {weight: 0.5}}]
-"""
-    result, is_tied = result_of(tmp_path, recipe)
-    assert is_tied is False
-    assert torch.equal(result[EMBEDDING], own)
-    half = change(factors("lm_head", TOKENS, HIDDEN), "lm_head", 1.0)
-    assert torch.equal(result[HEAD], own + half.float())
-
-
-@pytest.mark.parametrize(
-    ("config", "why"),
-    [
-        ({"is_encoder_decoder": True}, "an encoder and a decoder share it"),
-        ({"architectures": None}, "names no class whose head is known"),
-    ],
-)
-def test_a_tie_that_cannot_be_parted_is_refused(tmp_path, config, why):
-    tied(tmp_path, **config)
-    adapter(tmp_path / "a", ON_EMBEDDING)
-    with pytest.raises(MismatchError, match=why) as caught:
-        plan(passed("base+a"), tmp_path)
-    assert "trainable_token_indices" in caught.value.hint
-
-
-def test_without_a_config_nothing_tells_whether_a_head_is_tied(tmp_path):
-    own = tied(tmp_path)
-    (tmp_path / "base/config.json").unlink()
-    adapter(tmp_path / "a", ON_EMBEDDING)
-    assert "no config.json tells" in problem_of(passed("base+a"), tmp_path).problem
-    held, at = rows("model.embed_tokens", [1], 1)
-    adapter(tmp_path / "t", ON_Q | held, **at)
-    result = merge(passed("base+t"), tmp_path)
-    assert changed_by(result, before(tmp_path)) == {EMBEDDING, f"{Q.format(0)}.weight"}
-    assert torch.equal(result[EMBEDDING][2:], own[2:])
-
-
-def test_a_model_without_a_head_needs_none(tmp_path):
-    own = tied(tmp_path, architectures=["LlamaModel"])
-    adapter(tmp_path / "a", ON_EMBEDDING)
-    result, _ = result_of(tmp_path, passed("base+a"))
-    assert torch.equal(result[EMBEDDING], own + CHANGE)
-    assert HEAD not in result
-
-
-# experts -----------------------------------------------------------------------------------------
+# experts ------------------------------------------------------------------------------------------
 
 EXPERTS = "model.layers.0.mlp.experts"
 
@@ -569,204 +360,6 @@ def test_experts_of_another_number_are_refused_with_both_shapes(tmp_path):
         plan(passed("base+a"), tmp_path)
 
 
-# in methods --------------------------------------------------------------------------------------
-
-TASKS = """
-merge_method: task_arithmetic
-base_model: {}
-models: [{{model: {}, parameters: {{weight: 0.5}}}}, {{model: {}, parameters: {{weight: -2}}}}]
-"""
-
-
-def steps_by_name(made):
-    return {step.outputs[0].key: step for step in made.steps}
-
-
-def test_methods_on_differences_get_the_changes_and_read_the_base_once(models):
-    made = steps_by_name(plan(TASKS.format("base", "base+a", "base+b"), models))
-    step = made[f"{Q.format(0)}.weight"]
-    assert step.deltas == (True, True)
-    assert isinstance(step.inputs[0], LowRank)
-    assert step.inputs[0].weight is None
-    assert step.inputs[1] == Generated("zeros", (HIDDEN, HIDDEN))
-    assert isinstance(step.base, Stored)
-    result = merge(TASKS.format("base", "base+a", "base+b"), models)
-    name = f"{Q.format(0)}.weight"
-    assert torch.equal(result[name], before(models)[name] + change(ON_Q, Q.format(0), 1.0).float())
-
-
-def test_an_adapter_alone_is_the_base_with_it(models):
-    alone = plan(TASKS.format("base", "a", "b"), models)
-    written = plan(TASKS.format("base", "base+a", "base+b"), models)
-    assert [step.inputs for step in alone.steps] == [step.inputs for step in written.steps]
-
-
-def test_a_difference_from_a_base_with_an_adapter_leaves_out_what_both_have(models):
-    made = steps_by_name(plan(TASKS.format("base+a", "base+a+b", "b"), models))
-    step = made[f"{Q.format(0)}.weight"]
-    assert step.deltas == (True, True)
-    assert step.inputs == (Generated("zeros", (HIDDEN, HIDDEN)),) * 2
-    assert isinstance(step.base, LowRank)
-    up = made[f"{UP.format(1)}.weight"]
-    assert all(isinstance(one, LowRank) and one.weight is None for one in up.inputs)
-
-
-def test_a_difference_from_a_base_takes_off_what_only_the_base_has(models):
-    recipe = TASKS.format("base+a", "base+b", "base+a")
-    step = steps_by_name(plan(recipe, models))[f"{Q.format(0)}.weight"]
-    assert len(step.inputs) == 1  # the base is no task of its own
-    assert isinstance(step.inputs[0], LowRank)
-    assert step.inputs[0].scale == -2.0
-    name = f"{Q.format(0)}.weight"
-    half = change(ON_Q, Q.format(0), 1.0).float()
-    result = merge(recipe, models)
-    assert torch.equal(result[name], before(models)[name] + half)
-
-
-def test_what_is_no_sum_of_changes_is_subtracted(models):
-    adapter(models / "s", ON_Q | SAVED, modules_to_save=["norm"])
-    made = steps_by_name(plan(TASKS.format("base", "s", "b"), models))
-    assert made[NORM].deltas == (False, True)
-    result = merge(TASKS.format("base", "s", "b"), models)
-    norm = before(models)[NORM]
-    assert torch.equal(result[NORM], norm + 0.5 * (SAVED[NORM] - norm))
-
-
-def test_methods_on_models_get_the_models(models):
-    recipe = "{merge_method: linear, parameters: {weight: 1}, models: "
-    recipe += "[{model: base+a}, {model: base+b}]}"
-    step = steps_by_name(plan(recipe, models))[f"{Q.format(0)}.weight"]
-    assert step.deltas == ()
-    assert len(list(stored(step.inputs[0]))) == 3
-    name = f"{Q.format(0)}.weight"
-    result = merge(recipe, models)
-    assert torch.equal(result[name], before(models)[name] + change(ON_Q, Q.format(0), 1.0).float())
-
-
-def test_an_adapter_on_the_result_of_a_stage(models):
-    recipe = """
-name: halves
-merge_method: linear
-models: [{model: base, parameters: {weight: 1}}, {model: base+b, parameters: {weight: 1}}]
----
-merge_method: passthrough
-models: [{model: halves+a}]
-"""
-    result = merge(recipe, models)
-    q, up = f"{Q.format(0)}.weight", f"{UP.format(1)}.weight"
-    assert torch.equal(result[q], before(models)[q] + change(ON_Q, Q.format(0)).float())
-    assert torch.equal(result[up], before(models)[up] + change(ON_UP, UP.format(1), 1.0).float())
-    made = plan(recipe, models)
-    assert {what for what, _ in fates(made, "input-2").values()} == {"merged"}
-    assert {what for what, _ in fates(made, "input-3").values()} == {"merged"}
-    tasks = recipe.replace("passthrough", "task_arithmetic").replace(
-        "models: [{model: halves+a}]",
-        "base_model: halves\nmodels: [{model: a, parameters: {weight: 1}}]",
-    )
-    assert not changed_by(merge(tasks, models), result)
-
-
-def test_layers_that_no_slice_takes_drop_the_changes_of_theirs(models):
-    recipe = """
-merge_method: passthrough
-slices: [{sources: [{model: base+a+b, layer_range: [1, 2]}]}]
-"""
-    made = plan(recipe, models)
-    assert set(fates(made, "input-2").values()) == {("dropped", "in no slice")}
-    assert {what for what, _ in fates(made, "input-3").values()} == {"merged"}
-    result = merge(recipe, models)
-    name = UP.format(1)
-    wanted = before(models)[f"{name}.weight"] + change(ON_UP, name).float()
-    assert torch.equal(result[f"{UP.format(0)}.weight"], wanted)
-
-
-def test_a_rule_may_copy_from_a_model_with_an_adapter(models):
-    name = f"{Q.format(0)}.weight"
-    recipe = f"base_model: base\ntensors: [{{match: '{name}', copy: base+a}}]\n"
-    result = merge(recipe, models)
-    assert changed_by(result, before(models)) == {name}
-    why = set(fates(plan(recipe, models), "input-2").values())
-    assert why == {("merged", "")}
-
-
-def test_a_rule_that_drops_a_tensor_drops_its_change(models):
-    recipe = "base_model: base+a\ntensors: [{match: '*q_proj*', drop: true}]\n"
-    made = fates(plan(recipe, models), "input-2")
-    assert set(made.values()) == {("dropped", "rule '*q_proj*'")}
-
-
-# what is refused ---------------------------------------------------------------------------------
-
-
-def problem_of(recipe: str, folder: Path) -> MergeKitError:
-    with pytest.raises(MergeKitError) as caught:
-        plan(recipe, folder)
-    return caught.value
-
-
-def test_modules_that_the_base_lacks_are_counted_and_the_first_named(models):
-    parts = dict(ON_Q)
-    for i in range(7):
-        parts |= factors(f"model.layers.{i}.mlp.other_proj", 5, HIDDEN)
-    adapter(models / "x", parts)
-    error = problem_of(passed("base+x"), models)
-    assert isinstance(error, MismatchError)
-    assert error.where == "input-2:x"
-    assert error.problem.startswith("7 of 8 modules are not in input-1:base: model.layers.0.mlp.")
-    assert error.problem.count("other_proj") == 5
-    assert error.problem.endswith(", ...")
-
-
-def test_shapes_that_differ_are_named(models):
-    adapter(models / "x", factors(UP.format(0), 5, HIDDEN + 1), base_model_name_or_path="org/big")
-    error = problem_of(passed("base+x"), models)
-    name = UP.format(0)
-    assert f"{name} changes a weight of [5, 4], {name}.weight is [5, 3]" in error.problem
-    assert "org/big" in error.hint
-
-
-def test_lengths_of_dora_must_be_one_an_output(models):
-    adapter(models / "x", ON_Q | dora(Q.format(0), torch.ones(4)), use_dora=True)
-    assert isinstance(problem_of(passed("base+x"), models), CheckpointError)
-
-
-def test_a_bias_that_the_base_lacks_is_refused(models):
-    adapter(models / "x", ON_Q | {f"{Q.format(0)}.lora_B.bias": torch.ones(3)}, lora_bias=True)
-    error = problem_of(passed("base+x"), models)
-    assert f"changes a bias, and input-1:base has no {Q.format(0)}.bias" in error.problem
-
-
-def test_an_adapter_without_a_model_is_refused_with_what_to_write(models):
-    recipe = "{merge_method: linear, parameters: {weight: 1}, models: [{model: a}, {model: b}]}"
-    error = problem_of(recipe, models)
-    assert isinstance(error, PlanError)
-    assert "input-1:a is an adapter" in error.problem
-    assert "write MODEL+a" in error.hint
-
-
-def test_an_adapter_is_no_base_and_a_model_no_adapter(models):
-    assert "is an adapter" in problem_of(TASKS.format("a", "base", "base+b"), models).problem
-    assert "begins with an adapter" in problem_of(passed("a+b"), models).problem
-    assert isinstance(problem_of(passed("base+base"), models), CheckpointError)
-    assert "no folder or file" in problem_of(passed("base+nowhere"), models).problem
-
-
-def test_every_adapter_that_does_not_fit_is_in_one_list(models):
-    adapter(models / "x", factors(UP.format(0), 5, HIDDEN + 1))
-    adapter(models / "y", factors("model.other", 5, HIDDEN))
-    message = str(problem_of(TASKS.format("base", "x", "base+y"), models))
-    assert "input-2:x: does not fit" in message or "input-1:x: does not fit" in message
-    assert "1 of 1 modules are not in" in message
-
-
-def test_a_quantised_base_takes_no_adapter(tmp_path):
-    base(tmp_path / "base", quantization_config={"quant_method": "gptq"})
-    adapter(tmp_path / "a", ON_Q)
-    error = problem_of(passed("base+a"), tmp_path)
-    assert "quantised" in error.problem
-    assert "to which no adapter can be added" in error.problem
-
-
 # components and other styles ----------------------------------------------------------------------
 
 
@@ -816,7 +409,7 @@ def test_single_files_change_the_components_of_a_pipeline(tmp_path, style):
     assert {what for what, _ in fates(made, "input-2").values()} == {"merged"}
 
 
-# notes -------------------------------------------------------------------------------------------
+# notes --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
