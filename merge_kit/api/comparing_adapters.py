@@ -7,14 +7,13 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations
 from os import PathLike
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from merge_kit.api.closeness import AdapterComparison, Pair, Row, joined
 from merge_kit.api.comparing import layer_of
+from merge_kit.api.nodes import applied
 from merge_kit.core.names import natural_key
 from merge_kit.errors import MismatchError, UsageError
-from merge_kit.io.adapter import open_adapter
 from merge_kit.io.adapter_values import Adapter, Update
 from merge_kit.io.reader import Reader
 from merge_kit.methods.closeness import Directions, directions, products
@@ -24,19 +23,22 @@ from merge_kit.plan.sources import Stored
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from merge_kit.api.held import HeldModel
     from merge_kit.core.tensors import StoredTensor
 
 _KOHYA = {"lora_te1_": "text_encoder_", "lora_te2_": "text_encoder_2_", "lora_te_": "text_encoder_"}
 
 
-def compare_adapters(adapters: Sequence[str | PathLike[str]]) -> AdapterComparison:
+def compare_adapters(
+    adapters: Sequence[str | PathLike[str] | HeldModel],
+) -> AdapterComparison:
     """Return how close the changes of adapters are: cosines, norms, and common subspaces.
 
     The change of a module is scale * b @ a; only its factors are looked at, in float64, one module
     after the other. A module that one of two adapters leaves alone counts as no change.
 
     Args:
-        adapters: Folders or files of two or more LoRA adapters.
+        adapters: Folders or files of two or more LoRA adapters, or adapters that are loaded.
 
     Raises:
         CheckpointError: If one of them is no adapter, or is broken.
@@ -49,7 +51,7 @@ def compare_adapters(adapters: Sequence[str | PathLike[str]]) -> AdapterComparis
     if len(adapters) < 2:
         problem = f"found {len(adapters)} adapters to compare, expected two or more"
         raise UsageError(problem, hint="write compare_adapters([a, b])")
-    return compared([open_adapter(Path(path).expanduser()) for path in adapters])
+    return compared([_opened(adapter) for adapter in adapters])
 
 
 def compared(adapters: Sequence[Adapter]) -> AdapterComparison:
@@ -72,6 +74,12 @@ def compared(adapters: Sequence[Adapter]) -> AdapterComparison:
     notes += _apart(total, names)
     bases = tuple(adapter.base for adapter in adapters)
     return AdapterComparison(names, bases, rows, layers, total, tuple(notes))
+
+
+def _opened(adapter: str | PathLike[str] | HeldModel) -> Adapter:
+    found = applied(adapter).adapter.model.adapter
+    assert found is not None  # what is no adapter is refused
+    return found
 
 
 def _nothing(adapters: int) -> Row:

@@ -10,6 +10,7 @@ from merge_kit.api.changes import Sum, differences, prunes
 from merge_kit.api.held import HeldModel
 from merge_kit.api.mergeable import write
 from merge_kit.api.merging import Size
+from merge_kit.api.places import is_there, place_of
 from merge_kit.api.requests import Node, Request
 from merge_kit.errors import CheckpointError, UsageError
 from merge_kit.io.small_files import read_bytes
@@ -49,8 +50,8 @@ def opened(folder: Path) -> HeldModel:
     Raises:
         CheckpointError: If it holds none, or is broken.
     """
-    path = folder.expanduser() / MARKER
-    if not path.is_file():
+    path = place_of(folder) / MARKER
+    if not is_there(path):
         hint = "name a folder that TaskVector.save has written"
         raise CheckpointError(f"there is no {MARKER}", where=str(folder), hint=hint)
     found = parse_object(read_bytes(path, _MAX_BYTES), where=str(path), what="record")
@@ -62,7 +63,7 @@ def opened(folder: Path) -> HeldModel:
 
 def refuse(path: Path) -> None:
     """Refuse a folder of differences where a model is expected."""
-    if (path.expanduser() / MARKER).is_file():
+    if is_there(place_of(path) / MARKER):
         problem = f"{path} holds the differences of a task vector, expected a model"
         raise UsageError(problem, hint="load it with TaskVector.load, and add it to its base")
 

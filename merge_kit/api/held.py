@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from merge_kit.api.forming import formed, is_at_hand
 from merge_kit.api.overlays import Composed
+from merge_kit.api.places import place_of
 from merge_kit.core.names import nearest
 from merge_kit.core.tensors import TensorSpec
 from merge_kit.errors import UsageError
@@ -30,6 +31,7 @@ class HeldModel:
         source: A path (that of an adapter too: its tensors are the factors), or a mapping of
             tensors, which is not copied; a module stands for its `state_dict()`; or what a model
             is made of, adapters on top.
+        adapter: Whether the adapter is meant where a path holds a model too.
 
     Attributes:
         path: Where it lies; None in memory, and if it is made of others.
@@ -42,7 +44,10 @@ class HeldModel:
     """
 
     def __init__(
-        self, source: str | os.PathLike[str] | Mapping[str, Tensor] | Module | Composed
+        self,
+        source: str | os.PathLike[str] | Mapping[str, Tensor] | Module | Composed,
+        *,
+        adapter: bool = False,
     ) -> None:
         self.path: Path | None = None
         self.composed: Composed | None = None
@@ -51,8 +56,8 @@ class HeldModel:
             self.composed, self.model = source, source.model()
             self.key: object = source.key
         elif isinstance(source, str | os.PathLike):
-            self.path = Path(source).expanduser().absolute()
-            self.model = _from_path(self.path)
+            self.path = place_of(source)
+            self.model = _from_path(self.path, adapter or is_adapter(self.path))
             self.key = self.path.resolve()
         else:
             self.model, self.key = _from_tensors(_state_dict(source)), id(source)
@@ -154,8 +159,8 @@ class HeldModel:
         return f"<{type(self).__name__}: {self}, {len(self)} tensors>"
 
 
-def _from_path(path: Path) -> Model:
-    if is_adapter(path):
+def _from_path(path: Path, adapter: bool) -> Model:
+    if adapter:
         return from_adapter("input", open_adapter(path))
     return from_checkpoint("input", open_checkpoint(path))
 

@@ -13,6 +13,7 @@ from merge_kit.api.held import HeldModel
 from merge_kit.api.measured import Measured
 from merge_kit.api.mergeable import Mergeable
 from merge_kit.api.overlays import Applied, on_top
+from merge_kit.api.places import is_there, place_of
 from merge_kit.api.requests import Node, Result
 from merge_kit.errors import RecipeError, UsageError
 from merge_kit.recipe.references import split_reference
@@ -49,7 +50,7 @@ def content_of(source: Any) -> Any:
         return source
     delta_files.refuse(Path(source))
     text = fspath(source)
-    if "+" not in text or Path(text).expanduser().exists():
+    if "+" not in text or is_there(place_of(text)):
         return source
     try:
         found = split_reference(text, None, Mark("", 0, 0))
@@ -70,7 +71,9 @@ def applied(adapter: str | PathLike[str] | HeldModel, weight: float = 1.0) -> Ap
     """
     if isinstance(weight, bool) or not isinstance(weight, int | float) or not isfinite(weight):
         raise UsageError(f"the weight is {weight!r}, expected a finite number")
-    found: Any = HeldModel(adapter) if isinstance(adapter, str | PathLike) else adapter
+    found: Any = adapter
+    if isinstance(adapter, str | PathLike):
+        found = HeldModel(adapter, adapter=True)
     if not isinstance(found, HeldModel):
         problem = f"found a value of type {type(found).__name__}, expected an adapter"
         raise UsageError(problem, hint="pass the path of an adapter's folder or file")

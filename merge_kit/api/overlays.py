@@ -89,9 +89,11 @@ class OnTop(Composed):
 
     def model(self) -> Model:
         """Return the model, whose tensors are its base's or are formed."""
-        return apply_adapters(
-            self.base.model, [(one.adapter.model, one.weight) for one in self.adapters]
-        )
+        models: dict[object, Model] = {}  # one that is named twice counts with both weights
+        for one in self.adapters:
+            models.setdefault(one.adapter.key, one.adapter.model)
+        weighted = [(models[one.adapter.key], one.weight) for one in self.adapters]
+        return apply_adapters(self.base.model, weighted)
 
     @property
     def reference(self) -> dict[str, Any] | None:

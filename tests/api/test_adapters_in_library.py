@@ -195,6 +195,13 @@ def test_weights_scale_and_the_order_does_not_matter(made):
     assert_near(turned.state_dict(), wanted, *parts)
 
 
+def test_an_adapter_that_is_taken_off_again_leaves_the_bits_of_the_base(made):
+    base, sort = mk.load(made.path("base")), made.path("sort")
+    assert_same(base.with_adapter(sort).with_adapter(sort, -1.0).state_dict(), made.base)
+    twice = base.with_adapter(sort).with_adapter(sort)
+    assert_same(twice.state_dict(), base.with_adapter(sort, 2.0).state_dict())
+
+
 def test_the_result_is_rounded_once_to_the_dtype_of_the_base(made):
     narrow, wide = model(7, torch.bfloat16), model(7, torch.float64)
     found = mk.load(narrow).with_adapter(made.path("sort")).state_dict()
@@ -490,7 +497,6 @@ def test_sums_of_a_loaded_adapter_are_refused(made):
 @pytest.mark.parametrize(
     ("adapter", "weight", "problem"),
     [
-        ("code", 1.0, "is no adapter"),
         (3, 1.0, "type int, expected an adapter"),
         ("sort", float("nan"), "the weight is nan, expected a finite number"),
         ("sort", True, "the weight is True, expected a finite number"),
@@ -501,6 +507,18 @@ def test_what_is_no_adapter_is_refused(made, adapter, weight, problem):
     named = made.path(adapter) if isinstance(adapter, str) else adapter
     with pytest.raises(mk.UsageError, match=problem):
         mk.load(made.path("base")).with_adapter(named, weight)
+    with pytest.raises(mk.UsageError, match="is no adapter"):
+        mk.load(made.path("base")).with_adapter(mk.load(made.path("code")))
+    with pytest.raises(mk.CheckpointError):
+        mk.load(made.path("base")).with_adapter(made.path("code"))
+
+
+def test_a_folder_of_a_model_and_an_adapter_is_either(made, tmp_path):
+    write_adapter(tmp_path / "both", factors(100, (*Q, EMBED)))
+    save_file(made.base, tmp_path / "both" / "model.safetensors")
+    assert_same(mk.load(tmp_path / "both").state_dict(), made.base)
+    found = mk.load(f"{tmp_path / 'both'}+{tmp_path / 'both'}")
+    assert_same(found.state_dict(), mk.load(made.on_base("sort")).state_dict())
 
 
 def test_an_adapter_on_an_adapter_is_refused(made):
@@ -515,6 +533,12 @@ def test_parts_that_are_not_there_are_named(made):
         mk.load(f"{made.path('base')}+{made.path('nothing')}")
     with pytest.raises(mk.UsageError, match="is no reference"):
         mk.load(f"{made.path('base')}+")
+    with pytest.raises(mk.CheckpointError, match="no such folder or file"):
+        mk.load(f"{made.path('base')}@v1+{made.path('sort')}")
+    with pytest.raises(mk.MergeKitError):
+        mk.load("base+\0")
+    with pytest.raises(mk.MergeKitError):
+        mk.load("+".join(["a"] * 5000))
 
 
 def test_an_adapter_that_does_not_fit_is_refused_when_it_is_put_on_top(made, tmp_path):

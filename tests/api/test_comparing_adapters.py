@@ -155,7 +155,7 @@ def test_a_comparison_is_a_frozen_value(tmp_path):
             tensors[f"{module}.lora_B.weight"] = draw(seed + 2 * i + 1, 6, 2)
         told = {"target_modules": ["embed", "fc", "up"]}
         folders.append(adapter(tmp_path / name, tensors, **told))
-    found = mk.compare_adapters([*folders, folders[0]])
+    found = mk.compare_adapters([folders[0], mk.load(folders[1]), folders[0]])
     assert found.names == ("sort (1)", "add", "sort (3)")
     assert found.bases == ("org/base",) * 3
     assert [row.name for row in found.layers] == ["embed", "layers.0", "layers.1"]
@@ -194,3 +194,7 @@ def test_a_model_is_no_adapter_to_compare(tmp_path):
         mk.compare_adapters([folder, model])
     with pytest.raises(mk.CheckpointError):
         mk.compare_adapters([folder, tmp_path / "nothing"])
+    with pytest.raises(mk.UsageError, match="type int, expected an adapter"):
+        mk.compare_adapters([folder, 3])
+    with pytest.raises(mk.UsageError, match="is no adapter"):
+        mk.compare_adapters([folder, mk.load(model)])

@@ -107,6 +107,14 @@ def test_a_path_without_a_model_says_so(tmp_path):
         mk.load(tmp_path / "nothing")
 
 
+@pytest.mark.parametrize(
+    "name", ["a" * 5000, "a+" * 20 + "b", "a\0b", "~nobody/model", "~nobody+a"]
+)
+def test_paths_that_no_system_has_are_refused_like_others(name):
+    with pytest.raises(mk.CheckpointError):
+        mk.load(name)
+
+
 def test_an_unknown_tensor_names_the_nearest(family):
     with pytest.raises(mk.UsageError, match="did you mean 'scale'"):
         mk.load(family.path("base")).shape("scal")
