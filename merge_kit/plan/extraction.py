@@ -45,10 +45,10 @@ def extraction(
     pairs = Pairs(base, tuned)
     for error in pairs.errors:
         findings.problem(error)
-    findings.raise_any()
     known = None if fitted is None else {one.key: one for one in fitted}
     maker = Maker(stage, entry, pairs, (seed_of(stage.name, seed), number), known)
-    maker.look()
+    maker.look(findings)
+    findings.raise_any()
     rest = maker.rest(findings)
     findings.raise_any()
     if not maker.modules and not rest.whole:

@@ -9,6 +9,7 @@ from typing import Literal
 from merge_kit.architecture.stacks import find_stacks
 from merge_kit.core.dtypes import promoted
 from merge_kit.core.tensors import TensorSpec
+from merge_kit.errors import MergeKitError
 from merge_kit.methods.lora_extract import LoraExtract
 from merge_kit.methods.passthrough import Passthrough
 from merge_kit.plan.adapter_made import OutModule
@@ -70,17 +71,25 @@ class Maker:
         self.ranks: list[ModuleRank] = []
         self.modules: list[OutModule] = []
 
-    def look(self) -> None:
-        """Take in all pairs: their factors, or what is known of them."""
+    def look(self, findings: Findings) -> None:
+        """Take in all pairs: their factors, or what is known of them.
+
+        Args:
+            findings: Where parameters that are missing or wrong go.
+        """
         ranks: list[tuple[Pair, LoraExtract, int]] = []
         for pair in self._pairs.pairs:
             if pair.known == "equal" and not (pair.kind and is_expert(pair.module)):
                 continue
-            method = self._method(pair)
+            try:
+                method = self._method(pair)
+            except MergeKitError as error:
+                findings.problem(error)
+                continue
             if pair.kind is None:
                 self._choices[pair.name] = method.rest
                 self._others.append((pair, self._of_other(pair)))
-            else:
+            elif pair.known != "different":  # of another shape: that is a problem already
                 rank = self._rank(pair, method, method.rank_bound((), pair.matrix))
                 ranks.append((pair, method, rank))
         of_experts = max((rank for pair, _, rank in ranks if is_expert(pair.module)), default=0)

@@ -1,0 +1,561 @@
+"""A fine-tuned model as an adapter: exact where it can be, and nothing lost without a word."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from merge_kit import merge, plan
+from merge_kit.errors import MergeKitError, MismatchError, PlanError
+from tests.adapters.makers import (
+    answers,
+    load_adapted,
+    load_base,
+    make_base,
+    quiet,
+    tensors,
+)
+from tests.oracles import adapters as oracle
+
+ROOT = Path(__file__).resolve().parent.parent
+QUERY = "model.layers.0.self_attn.q_proj.weight"
+NORM = "model.norm.weight"
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory):
+    """Return what makes a base once: a folder by kind and dtype."""
+    folder, made = tmp_path_factory.mktemp("bases"), {}
+
+    def base(kind="llama", dtype=torch.float32):
+        if (kind, dtype) not in made:
+            made[kind, dtype] = make_base(kind, folder / f"{kind}-{len(made)}", dtype)
+        return made[kind, dtype]
+
+    return base
+
+
+def edited(base, folder, changes, *, added=None, dtype=None):
+    """Return a copy of a model in which functions have changed tensors, or tensors are new."""
+    shutil.copytree(base, folder)
+    held = {
+        name: tensor if dtype is None else tensor.to(dtype)
+        for name, tensor in tensors(base).items()
+    }
+    for name, change in changes.items():
+        held[name] = change(held[name]).contiguous()
+    held |= added or {}
+    save_file(held, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def recipe(base, tuned, **parameters):
+    dtype = parameters.pop("dtype", None)
+    found = {
+        "merge_method": "lora_extract",
+        "base_model": str(base),
+        "models": [{"model": str(tuned)}],
+        "parameters": parameters,
+    }
+    return found if dtype is None else {**found, "dtype": dtype}
+
+
+def extracted(base, tuned, out, **parameters):
+    return merge(recipe(base, tuned, **parameters), out)
+
+
+def low_rank(rank, seed=0, size=0.5):
+    """Return what adds a random change of a rank."""
+
+    def add(weight):
+        generator = torch.Generator().manual_seed(seed)
+        b = torch.randn(weight.shape[0], rank, generator=generator, dtype=torch.float64)
+        a = torch.randn(rank, weight.shape[1], generator=generator, dtype=torch.float64)
+        return (weight.double() + size * b @ a).to(weight.dtype)
+
+    return add
+
+
+def diagonal(*values):
+    """Return what adds these numbers to the diagonal."""
+
+    def add(weight):
+        change = torch.zeros_like(weight)
+        change.diagonal()[: len(values)] = torch.tensor(values, dtype=weight.dtype)
+        return weight + change
+
+    return add
+
+
+def matrices(base):
+    return [n for n, t in tensors(base).items() if ".layers." in n and t.ndim == 2]
+
+
+def same_answers(kind, base, out, tuned, tolerance=1e-5):
+    found, wanted = answers(load_adapted(kind, base, out)), answers(load_base(kind, tuned))
+    return float((found - wanted).abs().max()) <= tolerance * float(wanted.abs().max())
+
+
+def config_of(out):
+    return json.loads((out / "adapter_config.json").read_text())
+
+
+def dropped(done, model):
+    return {f.tensor: f.why for f in done.plan.fates if f.what == "dropped" and f.model == model}
+
+
+# factors -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_change_of_known_ranks_is_recovered(tmp_path, bases, dtype):
+    base = bases(dtype=dtype)
+    ranks = {name: 1 + 5 * i % 7 for i, name in enumerate(matrices(base))}
+    changes = {name: low_rank(rank, i) for i, (name, rank) in enumerate(ranks.items())}
+    tuned = edited(base, tmp_path / "tuned", changes, dtype=torch.float32)
+    extracted(base, tuned, tmp_path / "out", energy=1 - 1e-9)
+    found, old, new = oracle.changes(tmp_path / "out"), tensors(base), tensors(tuned)
+    assert found.keys() == ranks.keys()
+    for name, rank in ranks.items():
+        change = new[name].double() - old[name].double()
+        assert float((found[name] - change).norm()) <= 1e-5 * float(change.norm())
+        module = name.removesuffix(".weight")
+        stored = load_file(tmp_path / "out/adapter_model.safetensors")
+        assert stored[f"base_model.model.{module}.lora_A.weight"].shape[0] == rank
+
+
+def test_models_in_bfloat16_give_factors_in_bfloat16_or_as_asked(tmp_path, bases):
+    base = bases(dtype=torch.bfloat16)
+    tuned = edited(base, tmp_path / "tuned", {QUERY: diagonal(4.0, 2.0)})
+    for dtype, wanted in ((None, torch.bfloat16), ("float32", torch.float32)):
+        more = {} if dtype is None else {"dtype": dtype}
+        extracted(base, tuned, tmp_path / str(wanted), rank=2, **more)
+        found = load_file(tmp_path / str(wanted) / "adapter_model.safetensors")
+        assert {tensor.dtype for tensor in found.values()} == {wanted}
+
+
+@pytest.mark.parametrize(
+    ("parameters", "rank", "residual"),
+    [
+        ({"rank": 1}, 1, 5**0.5),
+        ({"rank": 2}, 2, 1.0),
+        ({"rank": 9}, 9, 0.0),
+        ({"energy": 0.6}, 1, 5**0.5),
+        ({"energy": 0.7}, 2, 1.0),
+        ({"energy": 1}, 3, 0.0),
+    ],
+)
+def test_ranks_and_energies_by_hand(tmp_path, bases, parameters, rank, residual):
+    base = bases()
+    tuned = edited(base, tmp_path / "tuned", {QUERY: diagonal(1.0, -3.0, 2.0)})  # squares 9, 4, 1
+    done = extracted(base, tuned, tmp_path / "out", **parameters)
+    assert [(one.key, one.rank) for one in done.plan.ranks] == [(QUERY[: -len(".weight")], rank)]
+    facts = done.report.facts[QUERY[: -len(".weight")]]
+    assert facts["norm"] == pytest.approx(14**0.5, rel=1e-5)  # of weights rounded to float32
+    assert facts["residual"] == pytest.approx(residual, rel=1e-5, abs=1e-5)
+    config = config_of(tmp_path / "out")
+    assert (config["r"], config["lora_alpha"]) == (rank, rank)
+
+
+def test_a_rank_may_differ_from_tensor_to_tensor(tmp_path, bases):
+    base = bases()
+    value = "model.layers.1.self_attn.v_proj.weight"
+    tuned = edited(base, tmp_path / "tuned", {QUERY: low_rank(4), value: low_rank(4)})
+    ranks = [{"filter": "q_proj", "value": 3}, {"value": 2}]
+    done = extracted(base, tuned, tmp_path / "out", rank=ranks)
+    assert {one.key.rpartition(".")[2]: one.rank for one in done.plan.ranks} == {
+        "q_proj": 3,
+        "v_proj": 2,
+    }
+    load_adapted("llama", base, tmp_path / "out")
+
+
+def test_a_plan_shows_upper_bounds_and_a_manifest_what_was_found(tmp_path, bases):
+    base = bases()
+    tuned = edited(base, tmp_path / "tuned", {QUERY: low_rank(2)})
+    planned = plan(recipe(base, tuned, energy=0.999))
+    module = QUERY[: -len(".weight")]
+    bound = next(one for one in planned.ranks if one.key == module)
+    assert (bound.rank, bound.fitted, bool(planned.fits)) == (16, True, True)
+    done = extracted(base, tuned, tmp_path / "out", energy=0.999)
+    assert not done.plan.fits
+    assert json.loads((tmp_path / "out/merge_kit.json").read_text())["ranks"] == {module: 2}
+
+
+def test_threads_change_no_byte(tmp_path, bases):
+    base = bases()
+    make_base("llama", tmp_path / "tuned", torch.float32, seed=2)
+    for threads in (1, 3):
+        request = recipe(base, tmp_path / "tuned", energy=0.8)
+        merge(request, tmp_path / f"out{threads}", threads=threads)
+    one, other = (tmp_path / f"out{n}/adapter_model.safetensors" for n in (1, 3))
+    assert one.read_bytes() == other.read_bytes()
+
+
+# what is not changed -----------------------------------------------------------------------------
+
+
+def test_what_is_not_changed_is_left_out_by_name(tmp_path, bases):
+    base = bases()
+    tuned = edited(base, tmp_path / "tuned", {QUERY: low_rank(2)})
+    done = extracted(base, tuned, tmp_path / "out", rank=2)
+    assert len(tensors(tmp_path / "out")) == 2
+    for model in ("input-1", "input-2"):
+        left = dropped(done, model)
+        assert left.keys() == tensors(base).keys() - {QUERY}
+        assert set(left.values()) == {"not changed"}
+
+
+@pytest.mark.parametrize("parameters", [{"rank": 2}, {"energy": 0.5}])
+def test_models_that_are_equal_make_no_adapter(tmp_path, bases, parameters):
+    tuned = edited(bases(), tmp_path / "tuned", {})
+    with pytest.raises(PlanError, match="are equal in every tensor"):
+        extracted(bases(), tuned, tmp_path / "out", **parameters)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_same_numbers_in_another_dtype_are_no_change(tmp_path, bases):
+    base = bases(dtype=torch.bfloat16)
+    tuned = edited(base, tmp_path / "tuned", {QUERY: low_rank(2)}, dtype=torch.float32)
+    done = extracted(base, tuned, tmp_path / "out", rank=2)
+    assert len(tensors(tmp_path / "out")) == 2
+    assert {one.key for one in done.plan.ranks} == {QUERY[: -len(".weight")]}
+
+
+# what has no low rank ----------------------------------------------------------------------------
+
+
+def more(tensor):
+    return tensor + 0.5 * torch.linspace(-1, 1, tensor.numel()).view(tensor.shape)
+
+
+REST = {
+    "norms": ("llama", [NORM, "model.layers.1.input_layernorm.weight"]),
+    "a head": ("llama", ["lm_head.weight"]),
+    "embeddings": ("llama", ["model.embed_tokens.weight"]),
+    "tied embeddings": ("llama_tied", ["model.embed_tokens.weight"]),
+    "a bias beside its matrix": (
+        "llama_biased",
+        ["model.layers.0.self_attn.q_proj.bias"],
+    ),
+    "biases alone": (
+        "llama_biased",
+        ["model.layers.0.self_attn.k_proj.bias", "model.layers.1.mlp.up_proj.bias"],
+    ),
+    "norms with biases": ("gpt2", ["transformer.h.0.ln_1.weight", "transformer.h.1.ln_2.bias"]),
+    "positions": ("gpt2", ["transformer.wpe.weight"]),
+    "tied embeddings of gpt2": ("gpt2", ["transformer.wte.weight"]),
+}
+MATRIX = {"gpt2": "transformer.h.0.attn.c_attn.weight"}
+
+
+@pytest.mark.parametrize("what", REST)
+def test_what_has_no_low_rank_is_saved_as_peft_reads_it(tmp_path, bases, what):
+    kind, names = REST[what]
+    base = bases(kind)
+    matrix = MATRIX.get(kind, QUERY)
+    changes = {matrix: low_rank(3), **dict.fromkeys(names, more)}
+    tuned = edited(base, tmp_path / "tuned", changes)
+    done = extracted(base, tuned, tmp_path / "out", rank=3)
+    assert same_answers(kind, base, tmp_path / "out", tuned)
+    copied = {f.tensor for f in done.plan.fates if f.model == "input-1" and f.what == "copied"}
+    assert set(names) <= copied
+
+
+def test_every_way_of_saving_says_so_in_the_config(tmp_path, bases):
+    base = bases("llama_biased")
+    bias = "model.layers.0.self_attn.q_proj.bias"
+    one = edited(base, tmp_path / "one", {QUERY: low_rank(1), bias: more})
+    extracted(base, one, tmp_path / "a", rank=1)
+    assert (config_of(tmp_path / "a")["bias"], config_of(tmp_path / "a")["modules_to_save"]) == (
+        "lora_only",
+        None,
+    )
+    two = edited(base, tmp_path / "two", {bias: more, NORM: more})
+    extracted(base, two, tmp_path / "b", rank=1)
+    assert (config_of(tmp_path / "b")["bias"], config_of(tmp_path / "b")["modules_to_save"]) == (
+        "all",
+        ["model.norm"],
+    )
+
+
+def test_only_what_has_no_low_rank_may_be_changed(tmp_path, bases):
+    tuned = edited(bases(), tmp_path / "tuned", {NORM: more})
+    extracted(bases(), tuned, tmp_path / "out", rank=4)
+    assert list(tensors(tmp_path / "out")) == ["base_model.model.model.norm.weight"]
+    assert same_answers("llama", bases(), tmp_path / "out", tuned)
+
+
+def test_rest_is_refused_when_it_is_found_with_the_first_names(tmp_path, bases):
+    names = [n for n in tensors(bases()) if "norm" in n or "embed" in n or "head" in n]
+    tuned = edited(bases(), tmp_path / "tuned", {QUERY: low_rank(2), **dict.fromkeys(names, more)})
+    with pytest.raises(MismatchError) as caught:
+        extracted(bases(), tuned, tmp_path / "out", rank=2, rest="refuse")
+    assert caught.value.problem.startswith(f"{len(names)} tensors (")
+    assert caught.value.problem.count(", ") == 5  # five names and an ellipsis
+    assert not (tmp_path / "out").exists()
+
+
+def test_rest_is_dropped_by_name_and_said_so(tmp_path, bases):
+    tuned = edited(bases(), tmp_path / "tuned", {QUERY: low_rank(2), NORM: more})
+    done = extracted(bases(), tuned, tmp_path / "out", rank=2, rest="drop")
+    assert len(tensors(tmp_path / "out")) == 2
+    assert dropped(done, "input-1")[NORM] == "changed, and left out (rest: drop)"
+    assert f"rest: drop: 1 changed tensor is left out: {NORM}" in done.plan.notes
+
+
+def test_if_all_that_differs_is_dropped_there_is_no_adapter(tmp_path, bases):
+    tuned = edited(bases(), tmp_path / "tuned", {NORM: more})
+    with pytest.raises(PlanError, match="differ only in what is left out"):
+        extracted(bases(), tuned, tmp_path / "out", rank=2, rest="drop")
+
+
+def test_rest_may_differ_from_tensor_to_tensor(tmp_path, bases):
+    tuned = edited(bases(), tmp_path / "tuned", {"lm_head.weight": more, NORM: more})
+    rest = [{"filter": "lm_head", "value": "drop"}, {"value": "save"}]
+    extracted(bases(), tuned, tmp_path / "out", rank=2, rest=rest)
+    assert list(tensors(tmp_path / "out")) == ["base_model.model.model.norm.weight"]
+
+
+@pytest.mark.parametrize("kind", ["llama", "llama_tied"])
+def test_new_tokens_are_saved_and_load_into_a_base_of_their_size(tmp_path, bases, kind):
+    base = bases(kind)
+    model = load_base(kind, base, torch.float32)
+    with quiet():
+        model.resize_token_embeddings(44, mean_resizing=False)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[40:] = 0.25
+        model.model.layers[0].self_attn.q_proj.weight.mul_(1.5)
+    model.save_pretrained(tmp_path / "tuned")
+    done = extracted(base, tmp_path / "tuned", tmp_path / "out", rank=16)
+    assert any("resize_token_embeddings(44)" in note for note in done.plan.notes)
+    assert tensors(tmp_path / "out")["base_model.model.lm_head.weight"].shape == (44, 16)
+    wide = load_base(kind, base)
+    with quiet():
+        wide.resize_token_embeddings(44, mean_resizing=False)
+        wide.save_pretrained(tmp_path / "wide")
+    found = answers(load_adapted(kind, tmp_path / "wide", tmp_path / "out"))
+    wanted = answers(load_base(kind, tmp_path / "tuned"))
+    assert float((found - wanted).abs().max()) <= 1e-5 * float(wanted.abs().max())
+
+
+def test_new_tokens_are_refused_before_anything_is_read(tmp_path, bases):
+    wide = {"model.embed_tokens.weight": lambda t: torch.cat([t, t[:2]])}
+    tuned = edited(bases(), tmp_path / "tuned", wide)
+    with pytest.raises(MismatchError, match=r"model\.embed_tokens\.weight is changed"):
+        plan(recipe(bases(), tuned, rank=2, rest="refuse"))
+
+
+def test_a_parameter_beside_modules_cannot_be_saved(tmp_path, bases):
+    name = "model.layers.0.self_attn.sinks"
+    tuned = edited(bases(), tmp_path / "tuned", {QUERY: low_rank(2)}, added={name: torch.ones(4)})
+    with pytest.raises(MismatchError, match="no adapter of peft can hold it") as caught:
+        extracted(bases(), tuned, tmp_path / "out", rank=2)
+    assert name in caught.value.problem
+    extracted(bases(), tuned, tmp_path / "out", rank=2, rest="drop")
+
+
+def test_a_module_that_ends_like_a_saved_one_is_saved_with_it(tmp_path):
+    names = ("norm.weight", "layers.0.input_norm.weight", "layers.0.up.weight")
+    held = {name: torch.eye(4) if "up" in name else torch.ones(4) for name in names}
+    for folder, changed in (("base", {}), ("tuned", {"norm.weight": torch.full((4,), 2.0)})):
+        (tmp_path / folder).mkdir()
+        save_file({**held, **changed}, tmp_path / folder / "model.safetensors")
+    extracted(tmp_path / "base", tmp_path / "tuned", tmp_path / "out", rank=1)
+    assert list(tensors(tmp_path / "out")) == [
+        "base_model.model.layers.0.input_norm.weight",  # peft would look for it
+        "base_model.model.norm.weight",
+    ]
+
+
+# names -------------------------------------------------------------------------------------------
+
+
+def renamed(source, folder, rename):
+    """Return a copy of a model whose tensors have other names."""
+    shutil.copytree(source, folder)
+    held = {rename(name): tensor for name, tensor in tensors(source).items()}
+    save_file(held, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("which", ["both", "base", "tuned"])
+def test_a_base_without_the_prefix_of_its_class_is_named_as_peft_sees_it(tmp_path, bases, which):
+    whole = bases("gpt2")
+    matrix = "transformer.h.1.mlp.c_fc.weight"
+    norm = "transformer.ln_f.weight"
+    tuned = edited(whole, tmp_path / "whole", {matrix: low_rank(2), norm: more})
+    paths = {"base": whole, "tuned": tuned}
+    for name in paths if which == "both" else (which,):
+        paths[name] = renamed(
+            paths[name], tmp_path / name, lambda n: n.removeprefix("transformer.")
+        )
+    done = extracted(paths["base"], paths["tuned"], tmp_path / "out", rank=2)
+    assert {one.key for one in done.plan.ranks} == {"transformer.h.1.mlp.c_fc"}
+    assert config_of(tmp_path / "out")["fan_in_fan_out"] is True
+    assert same_answers("gpt2", whole, tmp_path / "out", tuned)
+
+
+def test_the_config_names_the_base_and_no_place_of_this_machine(tmp_path, bases, monkeypatch):
+    tuned = edited(bases(), tmp_path / "tuned", {QUERY: low_rank(2)})
+    extracted(bases(), tuned, tmp_path / "out", rank=2)
+    assert config_of(tmp_path / "out")["base_model_name_or_path"] == bases().name
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(bases(), tmp_path / "org/base")
+    extracted("org/base", "tuned", "named", rank=2)
+    config = config_of(tmp_path / "named")
+    assert config["base_model_name_or_path"] == "org/base"
+    assert config["task_type"] == "CAUSAL_LM"
+    assert str(tmp_path) not in json.dumps(config)
+
+
+def test_targets_are_short_where_they_mean_all_modules(tmp_path, bases):
+    every = {name: low_rank(2, i) for i, name in enumerate(matrices(bases()))}
+    tuned = edited(bases(), tmp_path / "all", every)
+    extracted(bases(), tuned, tmp_path / "out", rank=2)
+    assert "q_proj" in config_of(tmp_path / "out")["target_modules"]
+    one = edited(bases(), tmp_path / "one", {QUERY: low_rank(2)})
+    extracted(bases(), one, tmp_path / "single", rank=2)
+    assert config_of(tmp_path / "single")["target_modules"] == [QUERY[: -len(".weight")]]
+
+
+def test_the_tokenizer_of_the_model_goes_with_it(tmp_path, bases):
+    tuned = edited(bases(), tmp_path / "tuned", {QUERY: low_rank(2)})
+    (tuned / "chat_template.jinja").write_text("{{ messages }}")
+    (tuned / "training_log.txt").write_text("secret")
+    extracted(bases(), tuned, tmp_path / "out", rank=2)
+    assert (tmp_path / "out/chat_template.jinja").read_text() == "{{ messages }}"
+    assert not (tmp_path / "out/training_log.txt").exists()
+
+
+# stages, adapters, other forms -------------------------------------------------------------------
+
+
+@pytest.fixture
+def adapter(tmp_path, bases):
+    """Return an adapter of rank 3 of the base."""
+    tuned = edited(bases(), tmp_path / "first", {name: low_rank(3) for name in matrices(bases())})
+    extracted(bases(), tuned, tmp_path / "adapter", rank=3)
+    return tmp_path / "adapter"
+
+
+def test_a_base_with_an_adapter_gives_the_adapter_back(tmp_path, bases, adapter):
+    done = extracted(bases(), f"{bases()}+{adapter}", tmp_path / "out", rank=3)
+    found, wanted = oracle.changes(tmp_path / "out"), oracle.changes(adapter)
+    assert found.keys() == wanted.keys()
+    for name, change in wanted.items():
+        assert float((found[name] - change).norm()) <= 1e-6 * float(change.norm())
+    fates = {f.what for f in done.plan.fates if "lora_A" in f.tensor}
+    assert fates == {"merged"}
+
+
+def test_a_base_with_an_adapter_may_be_the_base(tmp_path, bases, adapter):
+    tuned = edited(bases(), tmp_path / "tuned", {NORM: more})
+    done = extracted(f"{bases()}+{adapter}", tuned, tmp_path / "out", rank=3)
+    found, wanted = oracle.changes(tmp_path / "out"), oracle.changes(adapter)
+    for name, change in wanted.items():
+        assert float((found[name] + change).norm()) <= 1e-5 * float(change.norm())
+    assert any("the adapter belongs on what" in note for note in done.plan.notes)
+
+
+def test_a_stage_may_be_the_model(tmp_path, bases):
+    tuned = edited(bases(), tmp_path / "tuned", {QUERY: diagonal(4.0), NORM: more})
+    half = {"model": "half"}
+    documents = [
+        {
+            "name": "half",
+            "merge_method": "linear",
+            "models": [
+                {"model": str(tuned), "parameters": {"weight": 0.5}},
+                {"model": str(bases()), "parameters": {"weight": 0.5}},
+            ],
+        },
+        {
+            "merge_method": "lora_extract",
+            "base_model": str(bases()),
+            "models": [half],
+            "parameters": {"rank": 1},
+        },
+    ]
+    done = merge(documents, tmp_path / "out")
+    change = oracle.changes(tmp_path / "out")[QUERY]
+    assert float(change[0, 0]) == pytest.approx(2.0, rel=1e-5)
+    norm = (tensors(tuned)[NORM] + tensors(bases())[NORM]) / 2
+    stored = tensors(tmp_path / "out")["base_model.model.model.norm.weight"]
+    torch.testing.assert_close(stored, norm)
+    what = {f.tensor: f.what for f in done.plan.fates if f.model == "input-1"}
+    assert what[QUERY] == "merged"
+    assert len(what) == len(tensors(tuned))
+
+
+def refusal(tmp_path, request):
+    with pytest.raises(MergeKitError) as caught:
+        merge(request, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    return str(caught.value)
+
+
+def test_what_cannot_be_extracted_is_refused_with_a_reason(tmp_path, bases, adapter):
+    base = bases()
+    narrow = edited(base, tmp_path / "narrow", {QUERY: lambda t: t[:8]})
+    assert "[16, 16]" in refusal(tmp_path, recipe(base, narrow, rank=2))
+    short = shutil.copytree(base, tmp_path / "short")
+    held = tensors(base)
+    del held[QUERY]
+    save_file(held, short / "model.safetensors", metadata={"format": "pt"})
+    assert f"lacks 1 tensors that input-2:{base.name} has: {QUERY}" in refusal(
+        tmp_path, recipe(base, short, rank=2)
+    )
+    both = refusal(tmp_path, recipe(base, narrow, rank=0))
+    assert "expected at least 1" in both  # all problems in one list
+    assert "[8, 16]" in both
+    assert "expected one" in refusal(tmp_path, recipe(base, narrow))
+    assert "expected one of them" in refusal(tmp_path, recipe(base, narrow, rank=2, energy=0.5))
+    assert "expected a number in (0, 1]" in refusal(tmp_path, recipe(base, narrow, energy=1.5))
+    assert "save or refuse or drop" in refusal(tmp_path, recipe(base, narrow, rank=1, rest="keep"))
+    assert "its own base" in refusal(tmp_path, recipe(base, base, rank=2))
+    without = {k: v for k, v in recipe(base, narrow, rank=2).items() if k != "base_model"}
+    assert "needs a base_model" in refusal(tmp_path, without)
+    two = recipe(base, narrow, rank=2)
+    two["models"] = [*two["models"], {"model": str(short)}]
+    assert "takes 1 model beside the base, found 2" in refusal(tmp_path, two)
+
+
+def test_a_quantised_model_is_refused(tmp_path, bases):
+    tuned = edited(bases(), tmp_path / "tuned", {QUERY: low_rank(2)})
+    config = json.loads((tuned / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8"}
+    (tuned / "config.json").write_text(json.dumps(config))
+    assert "quantised with fp8" in refusal(tmp_path, recipe(bases(), tuned, rank=2))
+
+
+def test_numbers_that_are_not_finite_stop_it(tmp_path, bases):
+    tuned = edited(bases(), tmp_path / "tuned", {QUERY: lambda t: t * torch.inf})
+    for parameters in ({"rank": 2}, {"energy": 0.5}):
+        assert "q_proj" in refusal(tmp_path, recipe(bases(), tuned, **parameters))
+
+
+# the demo ----------------------------------------------------------------------------------------
+
+
+def test_a_demo_expert_comes_closer_with_every_rank(tmp_path):
+    demo = ROOT / "recipes/demo"
+    missed, size = [], []
+    for rank in (4, 16, 64):
+        out = tmp_path / f"rank-{rank}"
+        done = extracted(demo / "base", demo / "sort", out, rank=rank, dtype="float32")
+        facts = done.report.facts.values()
+        residual = sum(one["residual"] ** 2 for one in facts) / sum(
+            one["norm"] ** 2 for one in facts
+        )
+        missed.append(residual**0.5)
+        size.append((out / "adapter_model.safetensors").stat().st_size)
+    assert missed == sorted(missed, reverse=True)
+    assert size == sorted(size)
+    assert missed[0] > 0.5  # a full fine-tune is of no low rank
+    assert missed[-1] < 0.15
