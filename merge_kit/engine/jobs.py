@@ -168,7 +168,7 @@ class OutputJob(Job):
         for i, target in enumerate(self.step.outputs):
             joined = (self.digests[key] for key in sorted(self.digests) if key[0] == i)
             hashes[target.key] = tensor_hash(b"".join(joined))
-        tally, facts = self.run.tally, self._facts()
+        tally, facts = self.run.tally, self.kernel.facts_by_key(self.step)
         with tally.lock:
             tally.hashes.update(hashes)
             tally.facts.update(facts)
@@ -176,12 +176,6 @@ class OutputJob(Job):
             saturated = {key: tally.saturated[key] for key in hashes if key in tally.saturated}
         self.run.journal.write(self.index, Finished(hashes, nonfinite, saturated, facts))
         self.clear()
-
-    def _facts(self) -> Mapping[str, Mapping[str, float]]:
-        """Return what the merge found worth knowing, by key of the output that it is about."""
-        each = 1 if self.step.shape is None else 2  # a and b
-        found = self.kernel.facts.get(id(self.step), ())
-        return {self.step.outputs[each * i].key: dict(facts) for i, facts in enumerate(found)}
 
 
 class MergeJob(OutputJob):

@@ -140,6 +140,12 @@ class Kernel:
         parts = [merged] if isinstance(merged, Tensor) else list(merged)
         return [part.reshape(-1) for part in parts]
 
+    def facts_by_key(self, step: Step) -> dict[str, Mapping[str, float]]:
+        """Return what its merge found worth knowing, by key of the output that it is about."""
+        each = 1 if step.shape is None else 2  # a and b
+        found = self.facts.get(id(step), ())
+        return {step.outputs[each * i].key: dict(facts) for i, facts in enumerate(found)}
+
     def compute(self, source: Merged, start: int, stop: int, out: Tensor, work: Workspace) -> None:
         """Fill `out` with a range of a feeding step, rounded to the stage's dtype."""
         assert start % BLOCK == 0  # the planner spills what is read otherwise

@@ -82,7 +82,8 @@ def test_adapters_merged_into_a_large_model_stay_within_the_bill(large, tmp_path
 
 @pytest.mark.parametrize("method", ["lora_concat", "lora_svd"])
 def test_adapters_combined_stay_within_the_bill(large, tmp_path, method):
-    models = [{"model": str(large / name), "parameters": {"weight": 0.5}} for name in ("one", "two")]
+    half = {"weight": 0.5}
+    models = [{"model": str(large / name), "parameters": half} for name in ("one", "two")]
     peak, promised = merged({"merge_method": method, "models": models}, tmp_path / "out", 2)
     assert peak <= promised
     factors = 2 * RANK * (2 * 10_001 + 60_128)
