@@ -32,7 +32,8 @@ DEMO = RECIPES / "demo"
 PAGE = ROOT / "docs" / "adapters.md"
 COUNT = 200
 RANKS = (4, 16, 64)
-ADAPTERS = ("adapter-sort", "adapter-translate")
+ADAPTERS = {"adapter-sort": 0.7, "adapter-translate": 1.0}
+"""The demo's adapters and the weights of the recipes."""
 
 Losses = Mapping[str, float]
 """Mean loss by skill."""
@@ -54,14 +55,16 @@ class Bench:
         """Run a recipe of the repository and return its output."""
         return mk.merge(RECIPES / f"{recipe}.yaml", self.folder / recipe, overwrite=True).output
 
-    def combined(self, method: str, **parameters: object) -> Path:
-        """Combine the demo's adapters, each with weight 1."""
-        models = [{"model": str(DEMO / adapter)} for adapter in ADAPTERS]
+    def combined(self, method: str, *weights: float, **parameters: object) -> Path:
+        """Combine the demo's adapters, with the weights of the recipes unless others are given."""
+        chosen = dict(zip(ADAPTERS, weights, strict=True)) if weights else ADAPTERS
+        models = [
+            {"model": str(DEMO / adapter), "parameters": {"weight": weight}}
+            for adapter, weight in chosen.items()
+        ]
         recipe = {"merge_method": method, "models": models, "parameters": parameters}
-        out = self.folder / "-".join(
-            [method, *(f"{key}-{value}" for key, value in parameters.items())]
-        )
-        return mk.merge(recipe, out, overwrite=True).output
+        name = "-".join(map(str, [method, *weights, *parameters.values()]))
+        return mk.merge(recipe, self.folder / name, overwrite=True).output
 
     def extracted(self, expert: str, **parameters: object) -> Path:
         """Turn an expert of the demo into an adapter."""
@@ -71,9 +74,7 @@ class Bench:
             "models": [{"model": str(DEMO / expert)}],
             "parameters": {"rest": "save", **parameters},
         }
-        out = self.folder / "-".join(
-            [expert, *(f"{key}-{value}" for key, value in parameters.items())]
-        )
+        out = self.folder / "-".join(map(str, [expert, *parameters.values()]))
         return mk.merge(recipe, out, overwrite=True).output
 
     def applied(self, adapter: Path) -> Losses:
@@ -132,14 +133,20 @@ def combinations(bench: Bench) -> str:
     )
     made = {
         "`lora_concat` (`concat_adapters.yaml`)": bench.run("concat_adapters"),
+        "`lora_concat`, both with weight 1": bench.combined("lora_concat", 1.0, 1.0),
         "`lora_linear`": bench.combined("lora_linear"),
-        "`lora_linear`, `normalize: true`": bench.combined("lora_linear", normalize=True),
+        "`lora_svd`, `energy: 0.9`": bench.combined("lora_svd", energy=0.9),
         "`lora_svd`, `rank: 4`": bench.combined("lora_svd", rank=4),
-        "`lora_svd`, `rank: 2`": bench.combined("lora_svd", rank=2),
-        "`lora_ties` (`ties_adapters.yaml`)": bench.run("ties_adapters"),
-        "`lora_ties`, `density: 0.5`": bench.combined("lora_ties", density=0.5, rank=16),
-        "`lora_dare`, `density: 0.8`": bench.combined("lora_dare", density=0.8, rank=16),
-        "`lora_knots`, `density: 0.8`": bench.combined("lora_knots", density=0.8),
+        "`lora_ties`, `density: 0.8`, `rank: 16` (`ties_adapters.yaml`)": bench.run(
+            "ties_adapters"
+        ),
+        "`lora_ties`, `density: 0.5`, `rank: 16`": bench.combined(
+            "lora_ties", density=0.5, rank=16, normalize=False
+        ),
+        "`lora_dare`, `density: 0.8`, `rank: 16`": bench.combined(
+            "lora_dare", density=0.8, rank=16
+        ),
+        "`lora_knots`, `density: 0.8`": bench.combined("lora_knots", density=0.8, normalize=False),
     }
     rows += [
         [name, ranks(out), kilobytes(out), *cells(bench.applied(out))] for name, out in made.items()
@@ -157,11 +164,34 @@ def uses(bench: Bench) -> str:
     return table(["use", "size", *SKILLS], rows)
 
 
+def experts(bench: Bench) -> str:
+    """Return the table of three experts as adapters, which all change the same modules."""
+    made = {skill: bench.extracted(skill, rank=16, rest="drop") for skill in SKILLS}
+    rows = [
+        [f"{skill} alone", ranks(out), *cells(bench.applied(out))] for skill, out in made.items()
+    ]
+    voted = {"density": 0.8, "normalize": False, "rank": 48}
+    settings: list[tuple[str, str, float, dict[str, object]]] = [
+        ("`lora_concat`, weight 0.9", "lora_concat", 0.9, {}),
+        ("`lora_svd`, weight 0.9, `rank: 32`", "lora_svd", 0.9, {"rank": 32}),
+        ("`lora_svd`, weight 0.9, `rank: 16`", "lora_svd", 0.9, {"rank": 16}),
+        ("`lora_dare`, weight 0.9, `density: 0.8`", "lora_dare", 0.9, {"density": 0.8, "rank": 48}),
+        ("`lora_ties`, weight 0.8, `density: 0.8`", "lora_ties", 0.8, voted),
+        ("`lora_knots`, weight 0.8, `density: 0.8`", "lora_knots", 0.8, voted),
+    ]
+    for name, method, weight, parameters in settings:
+        models = [{"model": str(out), "parameters": {"weight": weight}} for out in made.values()]
+        recipe = {"merge_method": method, "models": models, "parameters": parameters}
+        out = mk.merge(recipe, bench.folder / f"experts-{len(rows)}").output
+        rows.append([name, ranks(out), *cells(bench.applied(out))])
+    return table(["what", "rank", *SKILLS], rows)
+
+
 def missed(adapter: Path) -> str:
     """Return the share of the change that an adapter misses, over all of its modules."""
     found = json.loads((adapter / "merge_kit.json").read_text(encoding="utf-8"))["residuals"]
     whole = sum(one["norm"] ** 2 for one in found.values())
-    left = sum((one["residual"] * one["norm"]) ** 2 for one in found.values())
+    left = sum((one["relative"] * one["norm"]) ** 2 for one in found.values())
     return f"{(left / whole) ** 0.5:.1%}"
 
 
@@ -184,14 +214,21 @@ def extractions(bench: Bench) -> str:
     return table(["expert", "adapter", "missed", "size", "loss", "of its gain"], rows)
 
 
-TABLES = {"combinations": combinations, "uses": uses, "extractions": extractions}
+TABLES = {
+    "combinations": combinations,
+    "experts": experts,
+    "uses": uses,
+    "extractions": extractions,
+}
 
 
 def placed(page: str, tables: Mapping[str, str]) -> str:
     """Return the page with its tables replaced."""
     for name, text in tables.items():
-        pattern = rf"(<!-- {name} -->\n).*?(\n<!-- end -->)"
-        page, count = re.subn(pattern, lambda m, t=text: m[1] + t + m[2], page, flags=re.DOTALL)
+        pattern = rf"(<!-- {name} -->\n).*?(<!-- end -->)"
+        page, count = re.subn(
+            pattern, lambda m, t=text: f"{m[1]}{t}\n{m[2]}", page, flags=re.DOTALL
+        )
         if count != 1:
             raise SystemExit(f"{PAGE} has no place for the table {name!r}")
     return page
