@@ -67,7 +67,10 @@ class _Maker:
             self._add(name, [Version(m, self.weights[m], tuple(ws)) for m, ws in whats.items()])
         for name, whats in idle.items():
             self._leave(name, [Version(m, 0.0, tuple(ws)) for m, ws in whats.items()])
-        labels = "+".join(adapter.label for adapter, _ in self.adapters)
+        labels = "+".join(
+            adapter.label if weight == 1 else f"{adapter.label}*{weight:g}"
+            for adapter, weight in self.adapters
+        )
         overlay = Overlay(
             self.model, self.adapters, self.made_of, self.changed, tuple(self._notes(parted))
         )

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import re
 
+from merge_kit.io.strict_json import shown
 from merge_kit.plan.models import Model
 
 _CACHED = re.compile(r"(?:models--)(.+)")
 _HASH = re.compile(r"[0-9a-f]{12,64}")
-_TELLS_NOTHING = re.compile(
-    r"(base|model|models|main|final|best|last|latest|merged|output|outputs|out|result|results"
-    r"|snapshot|weights|checkpoint|ckpt|export|hf|step|epoch|run|tmp)?([-_.]?v?\d+)*"
+_TELL_NOTHING = frozenset(
+    {
+        *("base", "model", "models", "weights", "checkpoint", "ckpt", "snapshot", "hf", "export"),
+        *("main", "final", "best", "last", "latest", "step", "epoch", "run", "tmp"),
+        *("merged", "output", "outputs", "out", "result", "results"),
+    }
 )
+_NUMBERS = "0123456789-_.v"
 
 
 def made_for_another(adapter: Model, model: Model) -> str | None:
@@ -27,10 +32,8 @@ def made_for_another(adapter: Model, model: Model) -> str | None:
         return None
     if any(_same(wanted, name) for name in names):
         return None
-    return (
-        f"{adapter.label} was made for {adapter.adapter.base!r} and is applied to {model.label}; "
-        "names and shapes fit"
-    )
+    made_for = shown(adapter.adapter.base)
+    return f"{adapter.label} was made for {made_for} and is applied to {model.label}; it fits"
 
 
 def _names(model: Model) -> list[str]:
@@ -54,8 +57,9 @@ def _last(name: str) -> str:
 
 
 def _says_nothing(name: str) -> bool:
-    plain = name.lower()
-    return not plain or bool(_HASH.fullmatch(plain) or _TELLS_NOTHING.fullmatch(plain))
+    """Return whether any model may be called so: a word such as "checkpoint", a number, a hash."""
+    word = name.lower().rstrip(_NUMBERS)
+    return not word or word in _TELL_NOTHING or _HASH.fullmatch(name.lower()) is not None
 
 
 def _same(one: str, other: str) -> bool:

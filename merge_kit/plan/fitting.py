@@ -10,6 +10,7 @@ from merge_kit.core.dtypes import is_float
 from merge_kit.core.tensors import TensorSpec
 from merge_kit.errors import MismatchError
 from merge_kit.io.adapter_values import Saved, TokenRows, Update
+from merge_kit.io.strict_json import shown
 from merge_kit.plan.adapter_names import Matches, match_kohya, match_names
 from merge_kit.plan.changes import Change, Lie
 from merge_kit.plan.models import Model
@@ -84,8 +85,9 @@ class Fitter:
         return tuple(touched)
 
     def _made_for(self) -> str:
-        made = f"it was made for {self.adapter.base!r}" if self.adapter.base else ""
-        return f"{made}; name that model" if made else "name the model that it was made for"
+        if self.adapter.base:
+            return f"it was made for {shown(self.adapter.base)}; name that model"
+        return "name the model that it was made for"
 
     def _whole_names(self) -> Iterator[str]:
         yield from (saved.tensor for saved in self.adapter.saved)
