@@ -20,6 +20,7 @@ class Member:
     Attributes:
         index: Of the first entry that names it; entries that name it again are no members.
         entries: Positions of all entries that name it.
+        prefix: What its names begin with, and what they are to begin with instead.
     """
 
     entry: Entry
@@ -27,6 +28,12 @@ class Member:
     adapter: Adapter
     index: int
     entries: tuple[int, ...]
+    prefix: tuple[str, str] = ("", "")
+
+    def renamed(self, name: str) -> str:
+        """Return a name of its file as the other adapters have it."""
+        old, new = self.prefix
+        return new + name.removeprefix(old) if name.startswith(old) else name
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +114,8 @@ def groups(adapters: Sequence[Member]) -> list[ModuleGroup]:
     found: dict[str, list[Change]] = {}
     for member in adapters:
         for update in member.adapter.updates:
-            found.setdefault(update.module, []).append(Change(member, update))
+            name = member.renamed(update.module)
+            found.setdefault(name, []).append(Change(member, update))
     return [ModuleGroup(name, tuple(changes)) for name, changes in found.items()]
 
 

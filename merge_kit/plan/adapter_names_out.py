@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from merge_kit.errors import MismatchError
 from merge_kit.io.adapter_values import Style, Update
 from merge_kit.plan.adapter_groups import Member, ModuleGroup
 
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."
 _ALPHA = re.compile(r"[._]lora[._](?:A|down)\.weight$")
 """What alpha stands in place of in the name of a."""
 
@@ -49,13 +49,17 @@ def module_names(module: ModuleGroup) -> TensorNames:
     update = module.first
     b = update.b.spec.name
     stem = b.removesuffix(".weight")
-    return TensorNames(
+    names = TensorNames(
         a=update.a.spec.name,
         b=b,
         bias=_name(update, "bias") or f"{stem}.bias",
         magnitude=_name(update, "magnitude") or "",
         alpha=_name(update, "alpha_tensor") or _ALPHA.sub(".alpha", update.a.spec.name),
     )
+    if module.name == update.module:
+        return names
+    old, new = update.module, module.name
+    return TensorNames(*(getattr(names, f.name).replace(old, new, 1) for f in fields(names)))
 
 
 def _name(update: Update, field: str) -> str | None:
@@ -71,4 +75,4 @@ def base_layer_name(tensor: str, *, is_wrapped: bool) -> str:
         is_wrapped: Whether the module that has it is changed by factors too.
     """
     module, _, last = tensor.rpartition(".")
-    return f"{_PREFIX}{module}.base_layer.{last}" if is_wrapped else f"{_PREFIX}{tensor}"
+    return f"{PREFIX}{module}.base_layer.{last}" if is_wrapped else f"{PREFIX}{tensor}"

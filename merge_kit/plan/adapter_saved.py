@@ -13,7 +13,7 @@ from merge_kit.methods.updates import AdapterMethod
 from merge_kit.plan.adapter_factors import stored
 from merge_kit.plan.adapter_groups import Member
 from merge_kit.plan.adapter_modules import Modules
-from merge_kit.plan.adapter_names_out import base_layer_name
+from merge_kit.plan.adapter_names_out import PREFIX, base_layer_name
 from merge_kit.plan.sources import Concat, Source, Sum
 
 _HINT = (
@@ -72,14 +72,14 @@ class Whole:
 
     def _tensor(self, tensor: str, why: str, holders: Sequence[Holder]) -> None:
         self.biases = self.biases or why == "bias"
-        name = holders[0].tensor.spec.name
+        name = _written(holders[0])
         if why != "modules_to_save":
             wrapped = tensor.rpartition(".")[0] in self.changed
             name = base_layer_name(tensor, is_wrapped=wrapped)
         self._decide(name, tensor, holders, is_base=why == "base_layer")
 
     def _rows(self, module: str, holders: Sequence[Holder]) -> None:
-        name, first = holders[0].tensor.spec.name, holders[0]
+        name, first = _written(holders[0]), holders[0]
         self.tokens[module] = first.tokens
         if all(holder.tokens == first.tokens for holder in holders):
             self._decide(name, f"{module}.weight", holders)
@@ -173,8 +173,9 @@ def _saved(members: Sequence[Member], weight: Weight) -> Mapping[tuple[str, str]
     found: dict[tuple[str, str], list[Holder]] = {}
     for member in members:
         for saved in member.adapter.saved:
-            holder = Holder(member, saved.stored, weight(member, saved.tensor))
-            found.setdefault((saved.tensor, saved.why), []).append(holder)
+            tensor = member.renamed(saved.tensor)
+            holder = Holder(member, saved.stored, weight(member, tensor))
+            found.setdefault((tensor, saved.why), []).append(holder)
     return found
 
 
@@ -182,10 +183,20 @@ def _rows(members: Sequence[Member], weight: Weight) -> Mapping[str, list[Holder
     found: dict[str, list[Holder]] = {}
     for member in members:
         for rows in member.adapter.rows:
-            counts = weight(member, f"{rows.module}.weight")
+            module = member.renamed(rows.module)
+            counts = weight(member, f"{module}.weight")
             holder = Holder(member, rows.stored, counts, rows.tokens)
-            found.setdefault(rows.module, []).append(holder)
+            found.setdefault(module, []).append(holder)
     return found
+
+
+def _written(holder: Holder) -> str:
+    """Return the name in the output."""
+    name, (old, new) = holder.tensor.spec.name, holder.member.prefix
+    if old == new:
+        return name
+    inside = name.removeprefix(PREFIX)
+    return f"{PREFIX}{holder.member.renamed(inside)}"
 
 
 def _named(holders: Sequence[Holder]) -> str:

@@ -19,6 +19,7 @@ from merge_kit.plan.adapter_ledger import Ledger
 from merge_kit.plan.adapter_made import AdapterPlan
 from merge_kit.plan.adapter_modules import Modules
 from merge_kit.plan.adapter_names_out import common_style
+from merge_kit.plan.adapter_prefixes import with_one_prefix
 from merge_kit.plan.adapter_saved import Whole
 from merge_kit.plan.adapter_styles import METADATA, form_of, metadata_text, stem_of
 from merge_kit.plan.adapter_terms import Combination, Terms, Use, active, uses
@@ -73,6 +74,7 @@ def adapter_stage(
     for error in (*refused_keys(stage), *errors):
         findings.problem(error)
     findings.raise_any()
+    listed = with_one_prefix(listed, findings)
     every = groups(listed)
     for error in (*problems(every), *config_problems(listed)):
         findings.problem(error)
