@@ -8,6 +8,7 @@ from pathlib import Path
 
 from merge_kit.api.held import HeldModel
 from merge_kit.api.merging import read_recipe
+from merge_kit.api.overlays import models_of
 from merge_kit.api.packed import packing_problem
 from merge_kit.api.requests import Request
 from merge_kit.errors import MergeKitError, MismatchError
@@ -86,7 +87,10 @@ def lower(request: Request) -> Lowered:
     names = request.names(labels)
     requests = {str(names[key]): inner for key, inner in request.stages().items()}
     recipe = read_recipe(request.documents(names))
-    inputs = _AtHand({labels[model.key]: _named(model, labels[model.key]) for model in models})
+    found = models_of(models)
+    inputs = _AtHand(
+        {labels[held.key]: _named(held, found[held.key], labels[held.key]) for held in models}
+    )
     maker = _Lowering(recipe, inputs, Evidence(None, request.statistics()))
     for number, stage in enumerate(recipe.stages):
         maker.stage(number, stage, requests[stage.name] if stage.name else request)
@@ -149,9 +153,9 @@ def _packed(made: Sequence[Made]) -> list[MergeKitError]:
     ]
 
 
-def _named(held: HeldModel, name: str) -> Model:
+def _named(held: HeldModel, model: Model, name: str) -> Model:
     label = f"{name}:{held.name}" if held.model.checkpoint is not None else name
-    return replace(held.model, key=name, label=label)
+    return replace(model, key=name, label=label)
 
 
 def _as_value(held: HeldModel, name: str) -> PlanInput:

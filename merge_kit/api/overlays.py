@@ -107,6 +107,22 @@ class OnTop(Composed):
         return " + ".join(map(str, (self.base, *self.adapters)))
 
 
+def models_of(held: Sequence[HeldModel]) -> dict[object, Model]:
+    """Return models by key, where adapters are on top of the very model that is among them.
+
+    What is loaded twice from memory is two models; a change of one would be no change of the other.
+    """
+    bases = {one.key: one for one in held if not isinstance(one.composed, OnTop)}
+    found = {}
+    for one in held:
+        found[one.key] = one.model
+        if isinstance(one.composed, OnTop):
+            base = bases.setdefault(one.composed.base.key, one.composed.base)
+            if base is not one.composed.base:
+                found[one.key] = replace(one.composed, base=base).model()
+    return found
+
+
 def on_top(model: HeldModel, adapters: Sequence[Applied]) -> OnTop:
     """Return a model with adapters on top, beside those that it has already.
 

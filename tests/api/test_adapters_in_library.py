@@ -285,6 +285,15 @@ def test_an_adapter_alone_is_on_top_of_the_base_of_a_method(made):
     assert_same(in_memory.state_dict(), named.state_dict())
 
 
+def test_a_base_that_is_loaded_twice_is_one(made):
+    # Weights of 1e4 would hide most of the adapter if the base were subtracted in float32.
+    base = {n: t * 1e4 if t.is_floating_point() else t for n, t in made.base.items()}
+    with_adapter = mk.load(base).with_adapter(made.path("sort"))
+    found = mk.task_arithmetic(mk.load(base), [with_adapter], weight=1e4).state_dict()
+    wanted = added(base, (1e4, made.sort))
+    assert_near(found, wanted, base, {n: 1e4 * d for n, d in size(made.sort).items()})
+
+
 def test_results_of_models_with_adapters_are_models(made):
     inner = mk.ties(made.path("base"), [made.on_base("sort"), made.path("code")], density=0.5)
     outer = mk.linear([inner, made.on_base("add")], weight=[0.5, 0.5]).state_dict()
