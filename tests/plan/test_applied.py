@@ -352,6 +352,17 @@ def test_experts_that_are_stored_apart_take_their_rows_of_the_product(tmp_path):
             assert torch.equal(result[name], apart[name] + change_of)
 
 
+def test_a_parameter_that_is_no_experts_is_a_matrix(tmp_path):
+    weight = {"model.layers.0.mlp.table": numbers(4, 6)}
+    base(tmp_path / "base", tensors=weight)
+    parts = factors("model.layers.0.mlp", 4, 6)
+    more = {"target_parameters": ["mlp.table"], "target_modules": []}
+    adapter(tmp_path / "a", parts, **more)
+    result = merge(passed("base+a"), tmp_path)["model.layers.0.mlp.table"]
+    wanted = change(parts, "model.layers.0.mlp").float()
+    assert torch.equal(result, weight["model.layers.0.mlp.table"] + wanted)
+
+
 def test_experts_of_another_number_are_refused_with_both_shapes(tmp_path):
     base(tmp_path / "base", tensors={f"{EXPERTS}.down_proj": numbers(2, 4, 6)})
     tensors, settings, _ = on_experts("down_proj", 4, 6)

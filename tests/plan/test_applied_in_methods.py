@@ -9,11 +9,14 @@ from merge_kit.errors import CheckpointError, MismatchError, PlanError
 from merge_kit.plan.sources import Generated, LowRank, Stored
 from merge_kit.plan.walk import stored
 from tests.plan.adapters_by_hand import (
+    EMBEDDING,
     HIDDEN,
     NORM,
     ON_Q,
     ON_UP,
+    PREFIX,
     SAVED,
+    TOKENS,
     UP,
     Q,
     adapter,
@@ -24,11 +27,14 @@ from tests.plan.adapters_by_hand import (
     dora,
     factors,
     fates,
+    numbers,
     passed,
     problem_of,
+    rows,
+    weighed,
     write_models,
 )
-from tests.toys import merge, plan
+from tests.toys import merge, plan, write
 
 
 @pytest.fixture
@@ -226,3 +232,64 @@ def test_a_quantised_base_takes_no_adapter(tmp_path):
     error = problem_of(passed("base+a"), tmp_path)
     assert "quantised" in error.problem
     assert "to which no adapter can be added" in error.problem
+
+
+def test_a_module_that_could_be_two_tensors_is_refused_with_both(tmp_path):
+    tensors = {f"{side}.blocks.0.proj.weight": numbers(5, HIDDEN) for side in ("left", "right")}
+    write(tmp_path / "base", tensors, {"model_type": "two"})
+    adapter(tmp_path / "a", factors("blocks.0.proj", 5, HIDDEN))
+    error = problem_of(passed("base+a"), tmp_path)
+    assert "could be left.blocks.0.proj.weight or right.blocks.0.proj.weight" in error.problem
+
+
+ONE = torch.ones(1, 1)
+NORM_SAVED = {"modules_to_save": ["norm"]}
+
+
+def test_two_modules_that_are_one_tensor_are_refused(models):
+    held = {"visual.norm.weight": numbers(HIDDEN), "text.norm.weight": numbers(HIDDEN)}
+    write(models / "other", {"model.norm.weight": numbers(HIDDEN), "x.weight": ONE}, {})
+    adapter(models / "x", held | factors("x", 1, 1), modules_to_save=["norm"])
+    error = problem_of(passed("other+x"), models)
+    assert "are not in input-1:other: visual.norm.weight" in error.problem
+    del held["visual.norm.weight"]
+    adapter(models / "y", held | {NORM: numbers(HIDDEN)} | factors("x", 1, 1), **NORM_SAVED)
+    error = problem_of(passed("other+y"), models)
+    assert error.problem == "two of its modules are model.norm.weight"
+
+
+def test_weights_of_whole_numbers_take_no_change(models):
+    write(models / "whole", {"x.weight": torch.ones(5, HIDDEN, dtype=torch.int32)}, {})
+    adapter(models / "x", factors("x", 5, HIDDEN))
+    assert "x.weight holds I32, no floats" in problem_of(passed("whole+x"), models).problem
+
+
+def test_whole_numbers_that_are_held_whole_have_no_weight(models):
+    counts = {"norm.count": torch.tensor([3])}
+    write(models / "whole", {"x.weight": numbers(5, HIDDEN)} | counts, {})
+    held = {"norm.count": torch.tensor([4])} | factors("x", 5, HIDDEN)
+    adapter(models / "x", held, **NORM_SAVED)
+    assert merge(passed("whole+x"), models)["norm.count"].tolist() == [4]
+    error = problem_of(passed(weighed("whole", x=0.5)), models)
+    assert "holds norm.count, of I64, whole; it cannot be weighed by 0.5" in error.problem
+
+
+def test_whole_numbers_that_differ_are_settled_as_in_models(models):
+    counts = {"norm.count": torch.tensor([3])}
+    write(models / "whole", {"x.weight": numbers(5, HIDDEN)} | counts, {})
+    held = {"norm.count": torch.tensor([4])} | factors("x", 5, HIDDEN)
+    adapter(models / "x", held, **NORM_SAVED)
+    recipe = TASKS.format("whole", "x", "whole+x") + "on_conflict: base\n"
+    assert merge(recipe, models)["norm.count"].tolist() == [3]
+    why = fates(plan(recipe, models), "input-1")["norm.count"]
+    assert why == ("copied", "")
+    other = fates(plan(recipe, models), "input-2")[f"{PREFIX}norm.count"]
+    assert other == ("dropped", "on_conflict: base")
+
+
+def test_rows_beyond_the_vocabulary_are_refused(models):
+    held, at = rows("model.embed_tokens", [1, TOKENS], 1)
+    adapter(models / "x", ON_Q | held, **at)
+    error = problem_of(passed("base+x"), models)
+    assert "rows of model.embed_tokens up to 4 are [2, 3]" in error.problem
+    assert f"{EMBEDDING} is [4, 3]" in error.problem
