@@ -281,10 +281,11 @@ def test_whole_numbers_that_differ_are_settled_as_in_models(models):
     adapter(models / "x", held, **NORM_SAVED)
     recipe = TASKS.format("whole", "x", "whole+x") + "on_conflict: base\n"
     assert merge(recipe, models)["norm.count"].tolist() == [3]
-    why = fates(plan(recipe, models), "input-1")["norm.count"]
-    assert why == ("copied", "")
-    other = fates(plan(recipe, models), "input-2")[f"{PREFIX}norm.count"]
-    assert other == ("dropped", "on_conflict: base")
+    made = plan(recipe, models)
+    assert [one.name for one in made.inputs] == ["x", "whole"]
+    assert fates(made, "input-2")["norm.count"] == ("copied", "")
+    held_whole = fates(made, "input-1")[f"{PREFIX}norm.count"]
+    assert held_whole == ("dropped", "on_conflict: base")
 
 
 def test_rows_beyond_the_vocabulary_are_refused(models):
