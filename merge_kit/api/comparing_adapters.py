@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import combinations
 from os import PathLike
 from typing import TYPE_CHECKING
@@ -12,12 +11,14 @@ from typing import TYPE_CHECKING
 from merge_kit.api.closeness import AdapterComparison, Pair, Row, joined
 from merge_kit.api.comparing import layer_of
 from merge_kit.api.nodes import applied
+from merge_kit.api.shared_modules import Changes, aligned, by_module, check_shapes
 from merge_kit.core.names import natural_key
-from merge_kit.errors import MismatchError, UsageError
+from merge_kit.errors import UsageError
 from merge_kit.io.adapter_values import Adapter, Update
 from merge_kit.io.reader import Reader
 from merge_kit.methods.closeness import Directions, directions, products
 from merge_kit.plan.describe import plural
+from merge_kit.plan.findings import Findings
 from merge_kit.plan.sources import Stored
 
 if TYPE_CHECKING:
@@ -25,8 +26,6 @@ if TYPE_CHECKING:
 
     from merge_kit.api.held import HeldModel
     from merge_kit.core.tensors import StoredTensor
-
-_KOHYA = {"lora_te1_": "text_encoder_", "lora_te2_": "text_encoder_2_", "lora_te_": "text_encoder_"}
 
 
 def compare_adapters(
@@ -59,8 +58,9 @@ def compared(adapters: Sequence[Adapter]) -> AdapterComparison:
     from merge_kit.engine.threads import one_torch_thread  # noqa: PLC0415  (torch)
 
     names = tuple(_distinct([adapter.checkpoint.name for adapter in adapters]))
-    found = _by_module(adapters)
-    _check_shapes(found, names)
+    findings = Findings()
+    found = by_module(aligned(adapters, names, findings))
+    check_shapes(found, names)
     files = {f.path: f for a in adapters for c in a.checkpoint.components for f in c.files}
     with Reader(files.values()) as reader, one_torch_thread():  # small QRs are faster on one
         rows = tuple(_row(reader, name, found[name]) for name in sorted(found, key=natural_key))
@@ -70,7 +70,8 @@ def compared(adapters: Sequence[Adapter]) -> AdapterComparison:
         by_layer.setdefault(layer_of(row.name), []).append(row)
     layers = tuple(joined(name, members) for name, members in by_layer.items())
     total = joined("all", [_nothing(len(adapters)), *rows])
-    notes = [note for pair in zip(names, adapters, strict=True) for note in _notes(*pair)]
+    notes = [*findings.notes]
+    notes += [note for pair in zip(names, adapters, strict=True) for note in _notes(*pair)]
     notes += _apart(total, names)
     bases = tuple(adapter.base for adapter in adapters)
     return AdapterComparison(names, bases, rows, layers, total, tuple(notes))
@@ -92,55 +93,6 @@ def _distinct(names: Sequence[str]) -> Iterator[str]:
     counts = Counter(names)
     for i, name in enumerate(names, start=1):
         yield f"{name} ({i})" if counts[name] > 1 else name
-
-
-Changes = tuple[Update | None, ...]
-
-
-def _by_module(adapters: Sequence[Adapter]) -> dict[str, Changes]:
-    """Return what each adapter does to each module, by the name that the first of them gives it."""
-    mixed = len({adapter.style == "kohya" for adapter in adapters}) > 1
-    keyed = [
-        {_key(one.module) if mixed else one.module: one for one in adapter.updates}
-        for adapter in adapters
-    ]
-    found: dict[str, Changes] = {}
-    for key in dict.fromkeys(key for updates in keyed for key in updates):
-        changes = tuple(updates.get(key) for updates in keyed)
-        named = next(change for change in changes if change is not None)
-        found[named.module] = changes
-    return found
-
-
-def _key(module: str) -> str:
-    """Return what the names of a module in all styles have in common: kohya has no dots."""
-    for prefix, component in _KOHYA.items():
-        if module.startswith(prefix):
-            return component + module.removeprefix(prefix)
-    return re.sub(r"[./]", "_", module.removeprefix("lora_"))
-
-
-def _check_shapes(found: Mapping[str, Changes], names: Sequence[str]) -> None:
-    """Refuse adapters that cannot have one base."""
-    for module, changes in found.items():
-        held = [(name, change) for name, change in zip(names, changes, strict=True) if change]
-        first, one = held[0]
-        for name, other in held[1:]:
-            if _shape(one) != _shape(other):
-                problem = f"changes {_shown(one)} in {first} and {_shown(other)} in {name}"
-                hint = "only adapters of one base model can be compared"
-                raise MismatchError(problem, where=module, hint=hint)
-
-
-def _shape(update: Update) -> tuple[int, ...]:
-    """Return outputs, inputs (with the kernel of a convolution), and experts."""
-    return (update.b.spec.shape[0], *update.a.spec.shape[1:], update.experts)
-
-
-def _shown(update: Update) -> str:
-    outputs, *inputs, experts = _shape(update)
-    sizes = " x ".join(map(str, (outputs, *inputs)))
-    return f"{experts} experts of {sizes}" if experts else f"a matrix of {sizes}"
 
 
 def _row(reader: Reader, name: str, changes: Changes) -> Row:

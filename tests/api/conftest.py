@@ -8,6 +8,7 @@ import torch
 
 from merge_kit.core.tensors import BLOCK
 from merge_kit.methods import registry
+from tests.api import low_rank
 from tests.toys import write
 
 SHAPES = {
@@ -57,6 +58,12 @@ def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) ->
     for name, tensor in one.items():
         assert tensor.dtype == other[name].dtype, name
         assert torch.equal(tensor, other[name]), name
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory) -> low_rank.Made:
+    """Return a model, a fine-tune, and adapters of it."""
+    return low_rank.make(tmp_path_factory.mktemp("adapters"))
 
 
 @pytest.fixture

@@ -124,6 +124,22 @@ def test_kohya_names_the_modules_of_diffusers(tmp_path):
     assert (pair.output_overlap, pair.input_overlap) == pytest.approx((1.0, 1.0))
 
 
+def test_modules_with_another_prefix_are_the_same(tmp_path):
+    folders = []
+    for seed, prefix in ((1, "model."), (11, "")):
+        tensors = {}
+        for i in range(2):
+            module = f"{prefix}layers.{i}.fc"
+            tensors[f"{module}.lora_A.weight"] = draw(seed + 2 * i, 2, 4)
+            tensors[f"{module}.lora_B.weight"] = draw(seed + 2 * i + 1, 6, 2)
+        folders.append(adapter(tmp_path / f"{seed}", tensors, target_modules=["fc"]))
+    found = mk.compare_adapters(folders)
+    assert [row.name for row in found.modules] == ["model.layers.0.fc", "model.layers.1.fc"]
+    assert found.pair().shared == 2
+    (note,) = found.notes
+    assert note.endswith("they are taken for the same")
+
+
 def test_adapters_that_change_nothing_yet_have_no_angle(tmp_path):
     folders = []
     for name, b in (("new", torch.zeros(6, 2)), ("old", draw(2, 6, 2))):
