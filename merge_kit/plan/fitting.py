@@ -21,6 +21,7 @@ SHOWN = 5
 
 _CONV1D = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp")
 _CONV1D_LEAVES = ("c_attn", "c_proj", "c_fc", "q_attn")
+_VOCABULARY = "bring the model's embedding and head to the adapter's vocabulary first"
 _WEIGHTS = (".weight", ".in_proj_weight", "")
 """What a module's path is continued by to the name of its weight."""
 
@@ -54,7 +55,7 @@ class Fitter:
             self._fused = fused_experts(self._shapes)
         self._names = [*self._shapes, *self._fused]
         self._misfits: list[str] = []
-        self._flag_means = True
+        self._flag_means, self._other_vocabulary = True, False
 
     def touches(self) -> tuple[Touch, ...]:
         """Return everything that the adapter touches.
@@ -80,7 +81,7 @@ class Fitter:
             raise MismatchError(
                 f"does not fit {self.model.label} in {count} tensors: {shown}{more}",
                 where=self.label,
-                hint=self._made_for(),
+                hint=_VOCABULARY if self._other_vocabulary else self._made_for(),
             )
         return tuple(touched)
 
@@ -249,6 +250,7 @@ class Fitter:
     def _saved(self, saved: Saved, name: str) -> Touch:
         spec, given = self._specs[name], saved.stored.spec
         if spec.shape != given.shape or is_float(spec.dtype) != is_float(given.dtype):
+            self._other_vocabulary |= spec.shape[1:] == given.shape[1:] != ()
             mine, theirs = f"{given.dtype} {list(given.shape)}", f"{spec.dtype} {list(spec.shape)}"
             self._misfits.append(f"{saved.tensor} is {mine}, {name} is {theirs}")
         return Touch(name, saved)

@@ -290,6 +290,7 @@ def test_a_vocabulary_of_another_size_is_refused_with_both_shapes(models):
     with pytest.raises(MismatchError, match=r"in 2 tensors") as caught:
         plan(passed("base+v"), models)
     assert "F32 [6, 3], model.embed_tokens.weight is F32 [4, 3]" in caught.value.problem
+    assert "to the adapter's vocabulary first" in caught.value.hint
 
 
 # experts ------------------------------------------------------------------------------------------
