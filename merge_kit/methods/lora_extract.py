@@ -31,8 +31,9 @@ class LoraExtract(AdapterMethod):
 
     Scope: each matrix by itself. Vote: none. Normalisation: none.
 
-    Differences: mergekit's extraction decomposes each matrix whole, takes singular values below a
-    threshold for zero, and stores embeddings as factors too, unless they are excluded.
+    Differences: mergekit's extraction subtracts in the dtype of the models, decomposes each matrix
+    whole, and stores norms and embeddings whether they are changed or not. It stores changed biases
+    as biases of factors that its config does not announce, so that peft leaves them out.
 
     Attributes:
         rank: Rank of each matrix of the result, at most its sides.

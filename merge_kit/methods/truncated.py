@@ -38,6 +38,13 @@ _TILE = 16 * BLOCK
 _GROWTH = 2e-4
 """A space is done when a block captures no more than this share of what is left."""
 
+_SEPARATE = 1e-8
+"""Eigenvalues of a Gram matrix above this share of the largest have vectors that the matrix maps to
+orthogonal ones, to 1e-8 or so."""
+
+_WORK = 1 << 20
+"""Numbers that BLAS and LAPACK keep for themselves, about."""
+
 _NOTHING = 1e-13
 """This share of a matrix's squared norm is nothing: float32 does not hold more of it."""
 
@@ -135,9 +142,9 @@ def scratch_bytes(rows: int, columns: int, rank: int) -> int:
     """Return the bytes that `truncated` and `spectrum` take on top of the matrix."""
     small, large = sorted((rows, columns))
     if small <= SMALL:
-        return 8 * (3 * small * large + 6 * small**2)
+        return 8 * (_WORK + 5 * small * large + 6 * small**2)
     whole = 5 * small**2 + 3 * (rank + _block(rank)) * (small + large)
-    return 8 * (_TILE + max(whole, 2 * (_most(small) + _block(rank)) * (small + large)))
+    return 8 * (_WORK + _TILE + max(whole, 2 * (_most(small) + _block(rank)) * (small + large)))
 
 
 def flops(rows: int, columns: int, rank: int) -> float:
@@ -177,11 +184,22 @@ def _of_wide(matrix: Tensor, rank: int, name: str) -> Factors:
         return u[:, :rank], s[:rank], vh[:rank]
     basis = None if MANY * rank >= rows else _krylov(matrix, rank, name)
     if basis is None:
-        _, vectors = torch.linalg.eigh(_gram(matrix))
+        squares, vectors = torch.linalg.eigh(_gram(matrix))
+        if float(squares[-rank]) > _SEPARATE * float(squares[-1]):
+            return _by_products(matrix, vectors[:, -rank:].flip(1))
         basis = vectors[:, -(rank + extra) :].contiguous()
     right, core = torch.linalg.qr(_times(matrix.T, basis))  # (columns, k), (k, k)
     u, s, vh = torch.linalg.svd(core.T)
     return basis @ u[:, :rank], s[:rank], vh[:rank] @ right.T
+
+
+def _by_products(matrix: Tensor, left: Tensor) -> Factors:
+    """Return factors from left singular vectors, whose products with the matrix are orthogonal."""
+    right = _times(matrix.T, left).T
+    values = torch.linalg.vector_norm(right, dim=1)
+    order = values.argsort(descending=True, stable=True)
+    right = right[order].div_(values[order].unsqueeze(1))
+    return left[:, order], values[order], right
 
 
 def _krylov(matrix: Tensor, rank: int, name: str) -> Tensor | None:

@@ -72,13 +72,23 @@ def test_small_matrices_and_many_values_are_exact(rows, columns, share):
     assert missed(of, u, s, vh) <= best(of, rank) + 1e-7 * float(of.norm())
 
 
-@pytest.mark.parametrize("of", [matrix(SPECTRA["slow"]), matrix([2.0, 1.0]), torch.ones(3, 4)])
-def test_vectors_are_orthonormal_and_values_fall(of):
-    rank = min(RANK, *of.shape)
+@pytest.mark.parametrize(
+    ("of", "rank"),
+    [
+        (matrix(SPECTRA["slow"]), RANK),
+        (matrix(SPECTRA["slow"]).T, 100),
+        (matrix(SPECTRA["fast"]), 100),  # the last values are far below the first
+        (matrix([2.0, 1.0]), RANK),
+        (matrix([2.0, 1.0]), 100),
+        (torch.ones(3, 4), 3),
+    ],
+)
+def test_vectors_are_orthonormal_and_values_fall(of, rank):
     u, s, vh = truncated(of, rank, "w")
     identity = torch.eye(rank, dtype=torch.float64)
     torch.testing.assert_close(u.T @ u, identity, rtol=0, atol=1e-12)
-    torch.testing.assert_close(vh @ vh.T, identity, rtol=0, atol=1e-12)
+    torch.testing.assert_close(vh @ vh.T, identity, rtol=0, atol=1e-8)
+    torch.testing.assert_close(s, torch.linalg.svdvals(of.double())[:rank], rtol=1e-2, atol=1e-7)
     assert bool((s[:-1] >= s[1:]).all())
     assert (u.dtype, s.dtype, vh.dtype) == (torch.float64,) * 3
 
