@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import jsonschema
 import pytest
 
 from merge_kit.errors import RecipeError
-from merge_kit.recipe import parse_recipe
+from merge_kit.recipe import parse_recipe, recipe_schema
 from merge_kit.recipe.references import split_reference
 from merge_kit.recipe.values import Mark, ModelRef
 
@@ -112,3 +113,16 @@ def test_unknown_keys_of_adapters_are_refused():
     text = "merge_method: passthrough\nmodels: [{model: {model: a, lora: {path: l, wieght: 1}}}]\n"
     with pytest.raises(RecipeError, match=r"unknown key 'wieght'.*\n.*'weight'"):
         parse_recipe(text)
+
+
+def test_weights_of_adapters_fit_the_schema():
+    check = jsonschema.Draft202012Validator(recipe_schema())
+
+    def document(adapter):
+        entry = {"model": {"model": "a", "lora": adapter}}
+        return {"merge_method": "passthrough", "models": [entry]}
+
+    for fine in ("l", {"path": "l", "weight": -0.5}, ["l", {"path": "m", "weight": "1e-3"}]):
+        check.validate(document(fine))
+    for wrong in ({"weight": 1}, {"path": "l", "weight": [1]}, {"path": "l", "wieght": 1}):
+        assert not check.is_valid(document(wrong))
