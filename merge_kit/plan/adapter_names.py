@@ -3,7 +3,8 @@
 An adapter names modules as the program saw them that trained it; files name the same weights with
 another prefix, in folders of components, or, as kohya does, with underscores for dots. What is
 compared is therefore the path from the first layer number on, and of what stands outside layers
-the end of the name.
+the end of the name. What comes before may have words more, or less, or in another order, but no
+other words.
 """
 
 from __future__ import annotations
@@ -178,7 +179,7 @@ def _match_stack(
 ) -> list[tuple[str, str]]:
     """Match the names of one stack; return the change of prefix, if it is found."""
     tails = [_tail(name, head) for name in members]
-    coverage = Counter(h for tail in tails for h in heads.get(tail, ()) if _same_part(head, h))
+    coverage = Counter(h for tail in tails for h in heads.get(tail, ()) if _may_be(head, h))
     most = max(coverage.values(), default=0)
     best = _closest(head, [h for h, count in coverage.items() if count == most])
     if most == len(tails) and len(best) > 1:
@@ -194,9 +195,15 @@ def _match_stack(
     return [_change(head, best[0])] if len(best) == 1 else []
 
 
-def _same_part(head: str, other: str) -> bool:
-    """Return whether two stacks may be the same: of one side, and of one part of the model."""
-    return side_of(head) == side_of(other) and kind_of(head) == kind_of(other)
+def _may_be(one: str, other: str) -> bool:
+    """Return whether two paths may be the same: one has all words of the other.
+
+    They are also on one side of an encoder and decoder, and in one part of a multimodal model.
+    """
+    words, others = Counter(one.split(".")), Counter(other.split("."))
+    if not (words <= others or others <= words):
+        return False
+    return side_of(one) == side_of(other) and kind_of(one) == kind_of(other)
 
 
 def _closest(head: str, heads: Sequence[str]) -> list[str]:
@@ -223,7 +230,7 @@ def _change(head: str, other: str) -> tuple[str, str]:
 def _match_loose(
     name: str, changes: Sequence[tuple[str, str]], index: Mapping[str, str], matches: Matches
 ) -> None:
-    """Match a name outside layers: by a change of prefix, else by its last two parts."""
+    """Match a name outside layers: by a change of prefix, else by its end."""
     renamed = {new + name.removeprefix(old) for old, new in changes if name.startswith(old)}
     found = {index[other] for other in renamed if other in index}
     if not found:
@@ -231,7 +238,7 @@ def _match_loose(
         found = {
             real
             for other, real in index.items()
-            if f".{other}".endswith(tail) and outermost(other) is None and _same_part(name, other)
+            if f".{other}".endswith(tail) and outermost(other) is None and _may_be(name, other)
         }
     if len(found) == 1:
         matches.found[name] = found.pop()

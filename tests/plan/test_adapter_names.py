@@ -78,6 +78,18 @@ def test_layers_of_an_encoder_are_not_those_of_a_decoder():
     assert matches.absent == stack("decoder.layers")
 
 
+@pytest.mark.parametrize(
+    ("adapters", "models"), [("model.layers", "draft.layers"), ("transformer.h", "decoder.h")]
+)
+def test_a_stack_with_other_words_is_another(adapters, models):
+    assert match_names(stack(adapters), stack(models)).absent == stack(adapters)
+
+
+@pytest.mark.parametrize("name", ["image_projection.linear.weight", "head.linear.weight"])
+def test_a_module_with_other_words_is_another(name):
+    assert match_names(["text_projection.linear.weight"], [name, *LLAMA]).absent
+
+
 def test_two_stacks_that_would_do_are_named():
     names = [*stack("left.blocks"), *stack("right.blocks")]
     matches = match_names(stack("blocks"), names)
@@ -94,7 +106,7 @@ def test_of_several_stacks_the_nearest_in_name_is_taken():
 def test_a_layer_that_the_model_lacks_is_absent():
     matches = match_names(stack("model.layers", 3), stack("model.layers", 2))
     assert matches.absent == [f"model.layers.2.{suffix}" for suffix in ATTENTION]
-    renamed = match_names(stack("model.layers", 3), stack("text.layers", 2))
+    renamed = match_names(stack("model.layers", 3), stack("text.model.layers", 2))
     assert renamed.absent == [f"model.layers.2.{suffix}" for suffix in ATTENTION]
 
 

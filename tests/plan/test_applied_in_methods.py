@@ -247,7 +247,7 @@ NORM_SAVED = {"modules_to_save": ["norm"]}
 
 
 def test_two_modules_that_are_one_tensor_are_refused(models):
-    held = {"visual.norm.weight": numbers(HIDDEN), "text.norm.weight": numbers(HIDDEN)}
+    held = {"visual.norm.weight": numbers(HIDDEN), "text.model.norm.weight": numbers(HIDDEN)}
     write(models / "other", {"model.norm.weight": numbers(HIDDEN), "x.weight": ONE}, {})
     adapter(models / "x", held | factors("x", 1, 1), modules_to_save=["norm"])
     error = problem_of(passed("other+x"), models)
