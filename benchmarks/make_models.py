@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Write three models of one shape with random bf16 weights: `base`, and fine-tunes `a` and `b`.
 
-    python benchmarks/make_models.py FOLDER [--size 1.2B] [--shard-mb 500]
+    python benchmarks/make_models.py FOLDER [--size 1.2B] [--shard-mb 500] [--only base]
 
 Weights of the base are drawn from N(0, 0.02), those of a fine-tune lie N(0, 0.002) off the base's,
 so that angles, signs and differences are like those of trained models. Models that are there
@@ -72,8 +72,9 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--size", choices=MODELS, default="1.2B")
     parser.add_argument("--shard-mb", type=int, default=500)
+    parser.add_argument("--only", choices=NAMES, action="append", help="repeatable")
     options = parser.parse_args()
-    for name in NAMES:
+    for name in options.only or NAMES:
         make(options.folder, name, MODELS[options.size], options.shard_mb * 10**6)
 
 

@@ -72,7 +72,7 @@ def low_rank(folder, name, rows, columns, rank, *, scale=0.7, dtype=torch.float3
 
 @pytest.mark.parametrize(
     ("rows", "columns", "rank"),
-    [(331, 1501, 8), (1, 200_001, 3), (70_001, 3, 2), (37, 30_011, 5), (64, 4096, 16), (5, 1, 1)],
+    [(331, 1501, 8), (1, 200_001, 3), (70_001, 3, 2), (37, 30_011, 5), (64, 4096, 16), (5, 1, 1), (3001, 1501, 4)],
 )
 def test_products_are_exact_for_every_shape_and_slab(rows, columns, rank, tmp_path):
     source, oracle, magnitudes = low_rank(tmp_path, "p", rows, columns, rank)
