@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from merge_kit import merge, plan
 from merge_kit.errors import MergeKitError, MismatchError, PlanError
+from merge_kit.plan import extraction_looks
 from tests.adapters.makers import (
     answers,
     load_adapted,
@@ -301,12 +302,15 @@ def test_rest_is_refused_when_it_is_found_with_the_first_names(tmp_path, bases):
     assert not (tmp_path / "out").exists()
 
 
-def test_rest_is_dropped_by_name_and_said_so(tmp_path, bases):
-    tuned = edited(bases(), tmp_path / "tuned", {QUERY: low_rank(2), NORM: more})
+@pytest.mark.parametrize("piece", [1 << 21, 5])
+def test_rest_is_dropped_by_name_and_said_so(tmp_path, bases, monkeypatch, piece):
+    monkeypatch.setattr(extraction_looks, "PIECE", piece)
+    tuned = edited(bases(), tmp_path / "tuned", {QUERY: low_rank(2), NORM: lambda t: t + 0.5})
     done = extracted(bases(), tuned, tmp_path / "out", rank=2, rest="drop")
     assert len(tensors(tmp_path / "out")) == 2
     assert dropped(done, "input-1")[NORM] == "changed, and left out (rest: drop)"
-    assert f"rest: drop: 1 changed tensor is left out: {NORM}" in done.plan.notes
+    norm = "; the norm of this change is 2"  # of 16 elements, 0.5 each
+    assert f"rest: drop: 1 changed tensor is left out: {NORM}{norm}" in done.plan.notes
 
 
 def test_if_all_that_differs_is_dropped_there_is_no_adapter(tmp_path, bases):

@@ -63,7 +63,7 @@ def extraction(
         ranks=tuple(maker.ranks),
         fates=fates(inputs.models, pairs, factored, rest),
         modules=tuple(maker.modules),
-        notes=notes(stage, pairs, rest),
+        notes=notes(stage, pairs, rest, maker.norms),
     )
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from math import hypot
 from typing import Literal
 
 from merge_kit.architecture.config import Edit, edit_config
@@ -64,9 +65,13 @@ def _base_name(stage: Stage, inputs: Inputs, base: Model) -> str:
     return path if _PORTABLE.fullmatch(path) and not is_stage else lender.name
 
 
-def notes(stage: Stage, pairs: Pairs, rest: Rest) -> tuple[str, ...]:
-    """Return what the user should know of an adapter."""
-    return tuple(_notes(stage, pairs, rest))
+def notes(stage: Stage, pairs: Pairs, rest: Rest, norms: Mapping[str, float]) -> tuple[str, ...]:
+    """Return what the user should know of an adapter.
+
+    Args:
+        norms: Of changes that are dropped, as far as they are known.
+    """
+    return (*_notes(stage, pairs, rest), *_dropped(rest, norms))
 
 
 def _notes(stage: Stage, pairs: Pairs, rest: Rest) -> Iterator[str]:
@@ -83,10 +88,15 @@ def _notes(stage: Stage, pairs: Pairs, rest: Rest) -> Iterator[str]:
                 f"{pair.name} has {other[0]:,} rows, and {one[0]:,} in {base.label}: whoever loads "
                 f"the adapter must call resize_token_embeddings({other[0]}) on the base first"
             )
-    if rest.dropped:
-        names = [pair.name for pair in rest.dropped]
+
+
+def _dropped(rest: Rest, norms: Mapping[str, float]) -> Iterator[str]:
+    names = [pair.name for pair in rest.dropped]
+    if names:
         count = f"{len(names)} changed tensors are" if len(names) > 1 else "1 changed tensor is"
-        yield f"rest: drop: {count} left out: {shown(names)}"
+        known = hypot(*(norms.get(name, 0.0) for name in names))
+        norm = f"; the norm of this change is {known:.4g}" if known else ""
+        yield f"rest: drop: {count} left out: {shown(names)}{norm}"
 
 
 def fates(

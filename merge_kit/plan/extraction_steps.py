@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from math import hypot
 from typing import Literal
 
 from merge_kit.architecture.stacks import find_stacks
-from merge_kit.core.dtypes import promoted
+from merge_kit.core.dtypes import is_float, promoted
 from merge_kit.core.tensors import TensorSpec
 from merge_kit.errors import MergeKitError
 from merge_kit.methods.lora_extract import LoraExtract
@@ -16,13 +17,14 @@ from merge_kit.plan.adapter_made import OutModule
 from merge_kit.plan.assemble import depth
 from merge_kit.plan.changes import alone
 from merge_kit.plan.evaluate import Evaluator
+from merge_kit.plan.extraction_looks import compared, measured
 from merge_kit.plan.extraction_names import is_expert
 from merge_kit.plan.extraction_pairs import Pair, Pairs
 from merge_kit.plan.extraction_rest import Rest, rest_of
 from merge_kit.plan.findings import Findings
 from merge_kit.plan.items import Item, Part
 from merge_kit.plan.models import Held
-from merge_kit.plan.sources import Source, Stored, Transposed, View
+from merge_kit.plan.sources import Source, Stored, Transposed
 from merge_kit.plan.values import Fitted, ModuleRank, Step, Target
 from merge_kit.recipe.values import NO_PARAMETERS, Entry, Stage
 
@@ -48,6 +50,7 @@ class Maker:
     Attributes:
         steps: Of the factors.
         fits: What must be looked at.
+        norms: Of the changes of tensors that are dropped, as far as a look has found them.
     """
 
     def __init__(
@@ -62,6 +65,7 @@ class Maker:
         self._seed, self._number = place
         self._found = known or {}
         self._is_fitted = known is not None
+        self._labels = (pairs.base.label, pairs.tuned.label)
         self._evaluator = Evaluator()
         self._stacks = find_stacks(pairs.base.tensors)
         self._others: list[tuple[Pair, _Look]] = []
@@ -70,6 +74,7 @@ class Maker:
         self.fits: list[Step] = []
         self.ranks: list[ModuleRank] = []
         self.modules: list[OutModule] = []
+        self.norms: dict[str, float] = {}
 
     def look(self, findings: Findings) -> None:
         """Take in all pairs: their factors, or what is known of them.
@@ -88,7 +93,7 @@ class Maker:
                 continue
             if pair.kind is None:
                 self._choices[pair.name] = method.rest
-                self._others.append((pair, self._of_other(pair)))
+                self._others.append((pair, self._of_other(pair, method)))
             elif pair.known != "different":  # of another shape: that is a problem already
                 rank = self._rank(pair, method, method.rank_bound((), pair.matrix))
                 ranks.append((pair, method, rank))
@@ -133,21 +138,31 @@ class Maker:
         if pair.known == "equal":
             return 0
         if not self._is_fitted:
-            look = self._factors(pair, method, bound) if method.energy else self._compared(pair)
+            look = (
+                self._factors(pair, method, bound)
+                if method.energy
+                else compared(pair, self._labels, self._number)
+            )
             self.fits.append(look)
             return bound
         if method.energy:
             return self._found[_a(pair)].rank
         return bound if self._found[pair.module].rank else 0
 
-    def _of_other(self, pair: Pair) -> _Look:
+    def _of_other(self, pair: Pair, method: LoraExtract) -> _Look:
         """Return what is known of a tensor that is not factored."""
         if pair.known == "different":
             return _Look(1, certain=True)
-        if self._is_fitted:
-            return _Look(self._found[pair.name].rank, certain=True)
-        self.fits.append(self._compared(pair))
-        return _Look(1, certain=False)
+        place = self._labels, self._number
+        drops = method.rest == "drop" and is_float(_held(pair).spec.dtype)
+        looks = measured(pair, *place) if drops else (compared(pair, *place),)
+        if not self._is_fitted:
+            self.fits += looks
+            return _Look(1, certain=False)
+        found = [self._found[look.outputs[0].key] for look in looks]
+        if drops:
+            self.norms[pair.name] = hypot(*(one.norm for one in found))
+        return _Look(max(one.rank for one in found), certain=True)
 
     def rest(self, findings: Findings) -> Rest:
         """Return what becomes of what is not factored; what is certainly wrong is a problem."""
@@ -158,24 +173,6 @@ class Maker:
             findings.problem(error)
         changed = [pair for pair, look in self._others if look.rank]
         return rest_of(self._pairs.pairs, changed, self._choices, factored, models)
-
-    def _compared(self, pair: Pair) -> Step:
-        """Return a look at whether two tensors are equal."""
-        base, tuned = pair.base, pair.tuned
-        assert base is not None  # known is unknown
-        assert tuned is not None
-        source, kinds = base.source, (base.source.dtype, tuned.source.dtype)
-        if kinds[0] != kinds[1]:
-            source = View(source, 0, source.shape)  # as numbers, not as bytes
-        return Step(
-            action="copy",
-            outputs=(Target(pair.module if pair.kind else pair.name, tuned.spec, -1, 0),),
-            inputs=(tuned.source,),
-            models=(self._pairs.tuned.label,),
-            base=source,
-            compute="F64" if "F64" in kinds else "F32",
-            group=self._number,
-        )
 
     def _factors(self, pair: Pair, method: LoraExtract, rank: int) -> Step:
         base, tuned = pair.base, pair.tuned
@@ -234,6 +231,11 @@ class Maker:
 
 def _target(name: str, dtype: str, shape: tuple[int, ...]) -> Target:
     return Target(name, TensorSpec(name, dtype, shape), -1, 0)
+
+
+def _held(pair: Pair) -> Held:
+    assert pair.tuned is not None  # what the model lacks is not looked at
+    return pair.tuned
 
 
 def _a(pair: Pair) -> str:
