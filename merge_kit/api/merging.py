@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from merge_kit.core.sizes import parse_size
 from merge_kit.engine.progress import Progress
+from merge_kit.errors import CheckpointError
 from merge_kit.plan.build import build_plan, package_version
-from merge_kit.plan.values import Fitted, Plan, SideFile
+from merge_kit.plan.values import Fitted, Plan, PlanInput, SideFile
 from merge_kit.publish.card import model_card
 from merge_kit.publish.manifest import manifest
 from merge_kit.publish.side_files import write_side_files
@@ -136,7 +137,9 @@ def merge(  # noqa: PLR0913  (every option has a name)
 
         if planned.fits:
             fitted = _fit(planned, staging.folder, allow_nonfinite, on_progress, stop)
+            looked_at = planned.read
             planned = build_plan(read, threads=threads, memory_bytes=limit, fitted=fitted)
+            _check_same(looked_at, planned.read)
         report = run_plan(
             planned,
             staging.folder,
@@ -165,6 +168,14 @@ def _fit(
     return fit_plan(
         planned, folder, allow_nonfinite=allow_nonfinite, on_progress=on_progress, stop=stop
     )
+
+
+def _check_same(before: Sequence[PlanInput], after: Sequence[PlanInput]) -> None:
+    """Refuse inputs that are not those whose weights were looked at."""
+    for one, other in zip(before, after, strict=True):
+        if one.files != other.files:
+            problem = "changed while its weights were looked at"
+            raise CheckpointError(problem, where=one.text, hint="leave it alone and run again")
 
 
 def _by_module(report: Report, planned: Plan) -> Report:

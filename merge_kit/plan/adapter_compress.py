@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from merge_kit.core.dtypes import promoted
 from merge_kit.core.tensors import TensorSpec
-from merge_kit.errors import MismatchError
+from merge_kit.errors import CheckpointError, MismatchError
 from merge_kit.methods.base import MergeMethod
 from merge_kit.plan.adapter_factors import factor_pair, formed, scaled, stored, upright
 from merge_kit.plan.adapter_groups import Change
@@ -76,12 +76,20 @@ class Compressor:
             ranks = [term.change.update.rank for term in one.counting]
             rank = max(1, one.method.rank_bound(ranks, one.module.shape))
             if one.method.is_fitted() and self._fitted is not None:
-                rank = self._fitted[full_name(one.use.folder, module_names(one.module).a)].rank
+                rank = self._rank_found(one)
             if rank:
                 found.append(Ranked(one, rank))
             else:
                 self._modules.unchanged.append((one.use.folder, one.module.name))
         return found
+
+    def _rank_found(self, one: Combination) -> int:
+        key = full_name(one.use.folder, module_names(one.module).a)
+        found = (self._fitted or {}).get(key)
+        if found is None:
+            problem = f"{key} was not there when the weights were looked at"
+            raise CheckpointError(problem, hint="leave the adapters alone while they are read")
+        return found.rank
 
     def _factored(self, combinations: Sequence[Combination]) -> None:
         made = self._ranked(combinations)

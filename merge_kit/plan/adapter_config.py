@@ -139,11 +139,13 @@ def _targets(modules: Sequence[OutModule], targets: Sequence[str] | None) -> lis
 
 def _choose(names: Sequence[str], ends: Sequence[str] | None) -> bool:
     """Return whether ends of names choose all of them."""
-    return bool(names and ends) and all(_is_among(name, ends or ()) for name in names)
+    known = set(ends or ())
+    return bool(names and known) and all(_is_among(name, known) for name in names)
 
 
-def _is_among(name: str, targets: Sequence[str]) -> bool:
-    return any(name == target or name.endswith(f".{target}") for target in targets)
+def _is_among(name: str, ends: set[str]) -> bool:
+    parts = name.split(".")
+    return any(".".join(parts[i:]) in ends for i in range(len(parts)))
 
 
 def _patched(template: str, values: Mapping[str, Any]) -> str:

@@ -31,7 +31,7 @@ class Modules:
         dtype: What the stage names, None for that of the factors.
         form: How scales are said.
         biased: Folders of the adapters whose modules all have a bias of b.
-        out: In the order of the steps.
+        out: By folder, in the order of the steps.
         unchanged: Folders and modules that are left out because nothing changes.
     """
 
@@ -41,7 +41,7 @@ class Modules:
     biased: frozenset[str]
     form: Form
     steps: list[Step] = field(default_factory=list)
-    out: list[OutModule] = field(default_factory=list)
+    out: dict[str, list[OutModule]] = field(default_factory=dict)
     ranks: list[ModuleRank] = field(default_factory=list)
     fits: list[Step] = field(default_factory=list)
     unchanged: list[tuple[str, str]] = field(default_factory=list)
@@ -153,9 +153,9 @@ class Modules:
         """Say what a module has become."""
         folder, name = one.use.folder, one.module.name
         biased = folder in self.biased
-        self.out.append(
-            OutModule(folder, name, one.module.kind, rank, scale, biased, magnitude=magnitude)
-        )
+        kind = one.module.kind
+        made = OutModule(folder, name, kind, rank, scale, biased, magnitude=magnitude)
+        self.out.setdefault(folder, []).append(made)
         a = full_name(folder, module_names(one.module).a)
         self.ranks.append(ModuleRank(full_name(folder, name), rank, fitted, a))
 

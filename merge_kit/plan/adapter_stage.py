@@ -197,7 +197,7 @@ def _plan(
         fits=tuple(modules.fits),
         ranks=tuple(modules.ranks),
         fates=modules.ledger.fates(inputs.models),
-        modules=tuple(modules.out),
+        modules=tuple(one for own in modules.out.values() for one in own),
         notes=_notes(modules),
         metadata=metadata,
     )
@@ -228,7 +228,7 @@ def _is_laid_out(one: Combination) -> bool:
 def _whole(made: _Made, modules: Modules, terms: Terms, findings: Findings) -> Whole:
     """Add what an adapter holds whole."""
     folder, use = made.use.folder, made.use
-    changed = frozenset(one.module for one in modules.out if one.folder == folder)
+    changed = frozenset(one.module for one in modules.out.get(folder, ()))
     method = made.combinations[0].method if made.combinations else terms.method("", use)
     whole = Whole(modules, folder, method, changed)
     whole.add(made.members, lambda member, tensor: terms.weight(member, tensor, use))
@@ -244,10 +244,10 @@ def _config(made: _Made, modules: Modules, whole: Whole) -> SideFile:
     return config_file(
         folder,
         made.members,
-        [one for one in modules.out if one.folder == folder],
+        modules.out.get(folder, []),
         tokens=whole.tokens,
         biases=whole.biases,
-        left_out=any(where == folder for where, _ in modules.unchanged),
+        left_out=bool(modules.unchanged),
     )
 
 
@@ -255,15 +255,13 @@ def _metadata(made: _Made, modules: Modules) -> str:
     same = made.same_as
     if same is not None and same.adapter.config_text is not None:
         return same.adapter.config_text
-    own = [one for one in modules.out if one.folder == made.use.folder]
-    return metadata_text(made.members[0], own)
+    return metadata_text(made.members[0], modules.out.get(made.use.folder, []))
 
 
 def _fill(modules: Modules, made: Sequence[_Made]) -> None:
     """Give an adapter its modules, with zeros, where a look at the weights has left none."""
-    filled = {one.folder for one in modules.out}
     for one in made:
-        if one.use.folder not in filled:
+        if one.use.folder not in modules.out:
             for combination in one.combinations:
                 modules.nothing(combination)
 
@@ -279,7 +277,7 @@ def _left_out(modules: Modules, made: Sequence[_Made]) -> None:
 
 
 def _notes(modules: Modules) -> tuple[str, ...]:
-    experts = [one for one in modules.out if one.kind == "experts"]
+    experts = any(one.kind == "experts" for own in modules.out.values() for one in own)
     if experts and modules.stage.merge_method == "lora_linear":
         return ("experts are laid side by side, as by lora_concat: their ranks add up",)
     return ()

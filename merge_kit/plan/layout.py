@@ -35,16 +35,17 @@ def place_steps(
         metadata: Free text by key for the files of a folder.
     """
     placed = [list(step.outputs) for step in steps]
+    folders: dict[str, list[tuple[int, int]]] = {part.path: [] for part in parts}
+    for i, targets in enumerate(placed):
+        for j, target in enumerate(targets):
+            folder = components[i] if components else _folder(target)
+            if folder in folders:
+                folders[folder].append((i, j))
     order: dict[int, None] = {}
     shards: list[Shard] = []
     indexes: list[SideFile] = []
     for part in parts:
-        own = [
-            (i, j)
-            for i, targets in enumerate(placed)
-            for j, target in enumerate(targets)
-            if (components[i] if components else _folder(target)) == part.path
-        ]
+        own = folders[part.path]
         specs = [placed[i][j].spec for i, j in own]
         groups = plan_shards(specs, shard_size_bytes) if own else []
         names = shard_names(part.stem, len(groups))

@@ -15,6 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from merge_kit import InterruptedRun, MergeKitError, merge, plan
+from merge_kit.api import merging
 from merge_kit.io.adapter import open_adapter
 from merge_kit.plan.describe_adapters import adapter_lines, ranks_line
 from merge_kit.plan.describe_steps import rule_lines
@@ -384,3 +385,34 @@ def test_an_adapter_is_one_file(tmp_path, two):
     done = combine("lora_concat", two, tmp_path / "out", shard_size=100)
     assert [shard.name for shard in done.plan.shards] == [FILE]
     assert any("one file" in note for note in done.plan.notes)
+
+
+def test_weights_may_differ_by_layer_and_by_part(tmp_path):
+    layers = [f"model.layers.{i}.attn.q_proj" for i in range(3)]
+    SHAPES.update(dict.fromkeys(layers, (6, 5)))
+    folders = [
+        adapter(tmp_path / f"deep{i}", dict.fromkeys([*layers, UP], 2), seed=100 + 10 * i)
+        for i in range(2)
+    ]
+    weight = [{"filter": "q_proj", "value": [0.5, 2.5]}, {"value": -1.0}]
+    models = [{"model": str(folders[0])}, {"model": str(folders[1]), "parameters": {}}]
+    models[1]["parameters"]["weight"] = weight
+    merge({"merge_method": "lora_concat", "models": models}, tmp_path / "out", threads=1)
+    found, (one, two) = changes(tmp_path / "out"), map(changes, folders)
+    for module, factor in zip([*layers, UP], [0.5, 1.5, 2.5, -1.0], strict=True):
+        assert torch.allclose(found[module], one[module] + factor * two[module], atol=1e-5, rtol=0)
+
+
+def test_an_adapter_that_changes_between_the_looks_is_noticed(tmp_path, two, monkeypatch):
+    real = merging._fit
+
+    def fit(*args):
+        found = real(*args)
+        held = {name: tensor * 2 for name, tensor in load_file(two[0] / FILE).items()}
+        save_file(held, two[0] / FILE)
+        return found
+
+    monkeypatch.setattr(merging, "_fit", fit)
+    with pytest.raises(MergeKitError, match="changed while its weights were looked at"):
+        combine("lora_svd", two, tmp_path / "out", **ENERGY)
+    assert not (tmp_path / "out").exists()
