@@ -322,7 +322,7 @@ def make_adapter(
         model = peft.get_peft_model(
             load_base(base, base_folder), peft.LoraConfig(**config), autocast_adapter_dtype=False
         )
-        _fill(model, seed)
+        fill(model, seed)
         model.save_pretrained(folder)
     _cast(folder, dtype)
     settings = json.loads((folder / "adapter_config.json").read_text())
@@ -331,7 +331,7 @@ def make_adapter(
     return folder
 
 
-def _fill(model: nn.Module, seed: int) -> None:
+def fill(model: nn.Module, seed: int) -> None:
     """Make what training would have changed random, and the lengths of DoRA all different."""
     generator = torch.Generator().manual_seed(seed)
     for name, weight in model.named_parameters():

@@ -182,6 +182,18 @@ def products(adapter, name):
     return oracle.scale(files.config, module) * (b @ a)
 
 
+@pytest.mark.parametrize("of_adapter", [torch.float32, torch.float64])
+@pytest.mark.parametrize("of_base", [torch.bfloat16, torch.float32])
+def test_what_is_written_in_float64_is_computed_in_it(tmp_path, of_base, of_adapter):
+    config = KINDS["both_patterns"].config
+    base = make_base("llama", tmp_path / "base", of_base)
+    adapter = make_adapter("llama", base, tmp_path / "a", dtype=of_adapter, **config)
+    merged_into(base, adapter, out=tmp_path / "out", dtype="float64")
+    before, after, change = tensors(base), tensors(tmp_path / "out"), oracle.changes(adapter)
+    for name, tensor in before.items():
+        assert_close(after[name], tensor.double() + change.get(name, 0.0), 1e-13)
+
+
 def test_a_dtype_in_the_recipe_is_that_of_the_result(tmp_path):
     base, adapter = make("plain", tmp_path)
     merged_into(base, adapter, out=tmp_path / "out", dtype="bfloat16")
