@@ -35,7 +35,7 @@ class Merge:
 
     Attributes:
         output: The folder.
-        plan: What was done.
+        plan: What was done, with the ranks that a look at the weights found.
         report: How it went: seconds, bytes, peak memory, hashes.
     """
 
@@ -114,7 +114,8 @@ def merge(  # noqa: PLR0913  (every option has a name)
         overwrite: Replace an output that is there.
         allow_nonfinite: Write NaN and infinities and count them, instead of stopping.
         sync: Return only when everything is on disk.
-        on_plan: Called with the plan before anything is written.
+        on_plan: Called with the plan before anything is read or written; ranks that depend on the
+            weights are upper bounds in it.
         on_progress: Called with `Progress` from worker threads, one call at a time.
         stop: Set it from another thread to end early; the same call goes on from there later.
 

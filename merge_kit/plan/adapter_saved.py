@@ -64,8 +64,9 @@ class Whole:
                 self.errors.append(_twofold(tensor, holders[0]))
                 continue
             self._tensor(tensor, why, holders)
+        saved = {tensor for tensor, _ in _saved(members, weight)}
         for module, holders in _rows(members, weight).items():
-            if module in self.changed:
+            if module in self.changed or f"{module}.weight" in saved:
                 self.errors.append(_twofold(f"{module}.weight", holders[0]))
             else:
                 self._rows(module, holders)
@@ -205,7 +206,7 @@ def _named(holders: Sequence[Holder]) -> str:
 
 def _twofold(tensor: str, holder: Holder) -> MismatchError:
     return MismatchError(
-        f"{holder.member.model.label} holds it whole, and another adapter changes it",
+        f"{holder.member.model.label} holds it whole or in part, and another adapter changes it",
         where=tensor,
         hint="leave one of the two out",
     )

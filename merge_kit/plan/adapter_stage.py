@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 
-from merge_kit.errors import MergeKitError, MismatchError, ParameterError, PlanError, RecipeError
+from merge_kit.errors import MergeKitError, ParameterError, RecipeError
 from merge_kit.plan.adapter_bases import check_bases
 from merge_kit.plan.adapter_compress import Compressor
 from merge_kit.plan.adapter_files import (
@@ -14,41 +13,22 @@ from merge_kit.plan.adapter_files import (
     same_config,
     tokenizer_files,
 )
-from merge_kit.plan.adapter_groups import Member, ModuleGroup, groups, members, problems
+from merge_kit.plan.adapter_groups import Member, groups, members, problems
 from merge_kit.plan.adapter_ledger import Ledger
 from merge_kit.plan.adapter_made import AdapterPlan
 from merge_kit.plan.adapter_modules import Modules
 from merge_kit.plan.adapter_names_out import common_style
 from merge_kit.plan.adapter_prefixes import with_one_prefix
+from merge_kit.plan.adapter_results import Result, first_biased, refused_keys, result_of, unfit
 from merge_kit.plan.adapter_saved import Whole
 from merge_kit.plan.adapter_styles import METADATA, form_of, metadata_text, stem_of
-from merge_kit.plan.adapter_terms import Combination, Terms, Use, active, uses
+from merge_kit.plan.adapter_terms import Combination, Terms, uses
 from merge_kit.plan.findings import Findings
 from merge_kit.plan.inputs import Inputs
 from merge_kit.plan.models import Part
 from merge_kit.plan.steps import seed_of
 from merge_kit.plan.values import Fitted, SideFile
 from merge_kit.recipe.values import Stage
-
-
-@dataclass(frozen=True, slots=True)
-class _Made:
-    """One adapter that is made.
-
-    Attributes:
-        members: Those that count in it; all, if none does.
-        combinations: Of each of its modules, in order.
-    """
-
-    use: Use
-    members: tuple[Member, ...]
-    combinations: tuple[Combination, ...]
-
-    @property
-    def same_as(self) -> Member | None:
-        """The one adapter that it is, tensor by tensor, or None."""
-        alone = len(self.members) == 1 and all(one.kept is not None for one in self.combinations)
-        return self.members[0] if alone else None
 
 
 def adapter_stage(
@@ -82,82 +62,34 @@ def adapter_stage(
     findings.raise_any()
     form = form_of(common_style(listed), listed)
     terms = Terms(stage, inputs, every)
-    made = [_made(use, listed, every, terms) for use in uses(stage)]
+    made = [result_of(use, listed, every, terms) for use in uses(stage)]
     for one in made:
-        for error in _unfit(one):
+        for error in unfit(one):
             findings.problem(error)
     findings.raise_any()
     labels = [inputs.find(entry.model).label for entry in stage.models]
-    biased = frozenset(one.use.folder for one in made if _biased(one) is not None)
+    biased = frozenset(one.use.folder for one in made if first_biased(one) is not None)
     modules = Modules(stage, number, Ledger(), biased, form)
     compressor = Compressor(modules, labels, seed_of(stage.name, seed), fitted)
     _add_modules(modules, compressor, made, findings)
-    return _plan(modules, made, terms, findings, inputs)
-
-
-def refused_keys(stage: Stage) -> Iterator[MergeKitError]:
-    """Yield an error for each key that makes no sense where adapters are combined."""
-    keys = {
-        "base_model": stage.base_model,
-        "slices": stage.slices,
-        "modules": stage.modules,
-        "tensors": stage.tensors,
-        "tokenizer_source": stage.tokenizer,
-    }
-    for key, value in keys.items():
-        if value:
-            yield PlanError(
-                f"{stage.merge_method} combines adapters, and takes no {key}",
-                where=str(getattr(value, "mark", stage.mark)),
-                hint="remove it; the adapters stand under models",
-            )
-
-
-def _made(use: Use, listed: Sequence[Member], every: Sequence[ModuleGroup], terms: Terms) -> _Made:
-    combinations = [terms.combination(module, use) for module in every]
-    counting = active(combinations) or list(listed)
-    indexes = {member.index for member in counting}
-    chosen = [
-        one
-        for one in combinations
-        if any(change.member.index in indexes for change in one.module.changes)
-    ]
-    return _Made(use, tuple(counting), tuple(chosen))
-
-
-def _unfit(made: _Made) -> Iterator[MergeKitError]:
-    """Yield what keeps adapters from being one."""
-    if made.same_as is not None:
-        return
-    for one in made.combinations:
-        for change in one.module.changes:
-            label = change.member.model.label
-            if change.update.magnitude is not None:
-                yield MismatchError(
-                    f"{label} is an adapter of DoRA, whose lengths belong to its own weights",
-                    where=one.module.name,
-                    hint="list it alone with weight 1, or merge base+adapter into the base",
-                )
-    biased = _biased(made)
-    odd = next((o for o in made.combinations if o.module.kind in ("embedding", "experts")), None)
-    if biased is not None and odd is not None:
-        yield MismatchError(
-            f"{biased.model.label} has biases of factors (lora_bias), and "
-            f"{odd.module.changes[0].member.model.label} changes {odd.module.kind}: peft can load "
-            "no adapter with both",
-            where=odd.module.name,
-            hint="leave one of the two out",
-        )
-
-
-def _biased(made: _Made) -> Member | None:
-    """Return the first adapter with biases of b."""
-    changes = [change for one in made.combinations for change in one.module.changes]
-    return next((change.member for change in changes if change.update.bias is not None), None)
+    files, metadata = _files(modules, made, terms, findings)
+    findings.raise_any()
+    _left_out(modules, listed)
+    return AdapterPlan(
+        steps=tuple(modules.steps),
+        parts=tuple(Part(one.use.folder, stem_of(form), None) for one in made),
+        files=tuple(files),
+        fits=tuple(modules.fits),
+        ranks=tuple(modules.ranks),
+        fates=modules.ledger.fates(inputs.models),
+        modules=tuple(one for own in modules.out.values() for one in own),
+        notes=_notes(modules),
+        metadata=metadata,
+    )
 
 
 def _add_modules(
-    modules: Modules, compressor: Compressor, made: Sequence[_Made], findings: Findings
+    modules: Modules, compressor: Compressor, made: Sequence[Result], findings: Findings
 ) -> None:
     """Add every module of every adapter that is made."""
     by_module: dict[str, list[Combination]] = {}
@@ -175,10 +107,10 @@ def _add_modules(
     _fill(modules, made)
 
 
-def _plan(
-    modules: Modules, made: Sequence[_Made], terms: Terms, findings: Findings, inputs: Inputs
-) -> AdapterPlan:
-    """Return what the stage does, with what adapters hold whole, and the files beside."""
+def _files(
+    modules: Modules, made: Sequence[Result], terms: Terms, findings: Findings
+) -> tuple[list[SideFile], dict[str, Mapping[str, str]]]:
+    """Add what adapters hold whole; return the files beside them, and what is said inside them."""
     files: list[SideFile] = []
     metadata: dict[str, Mapping[str, str]] = {}
     for one in made:
@@ -188,19 +120,7 @@ def _plan(
         elif modules.form == "metadata":
             metadata[one.use.folder] = {METADATA: _metadata(one, modules)}
         files += tokenizer_files(one.use.folder, one.members[0])
-    findings.raise_any()
-    _left_out(modules, made)
-    return AdapterPlan(
-        steps=tuple(modules.steps),
-        parts=tuple(Part(one.use.folder, stem_of(modules.form), None) for one in made),
-        files=tuple(files),
-        fits=tuple(modules.fits),
-        ranks=tuple(modules.ranks),
-        fates=modules.ledger.fates(inputs.models),
-        modules=tuple(one for own in modules.out.values() for one in own),
-        notes=_notes(modules),
-        metadata=metadata,
-    )
+    return files, metadata
 
 
 def _module(modules: Modules, compressor: Compressor, combinations: Sequence[Combination]) -> None:
@@ -225,7 +145,7 @@ def _is_laid_out(one: Combination) -> bool:
     return method.works_on == "concatenation" or (exact and one.module.kind == "experts")
 
 
-def _whole(made: _Made, modules: Modules, terms: Terms, findings: Findings) -> Whole:
+def _whole(made: Result, modules: Modules, terms: Terms, findings: Findings) -> Whole:
     """Add what an adapter holds whole."""
     folder, use = made.use.folder, made.use
     changed = frozenset(one.module for one in modules.out.get(folder, ()))
@@ -237,7 +157,7 @@ def _whole(made: _Made, modules: Modules, terms: Terms, findings: Findings) -> W
     return whole
 
 
-def _config(made: _Made, modules: Modules, whole: Whole) -> SideFile:
+def _config(made: Result, modules: Modules, whole: Whole) -> SideFile:
     folder = made.use.folder
     if made.same_as is not None:
         return same_config(folder, made.same_as)
@@ -251,14 +171,14 @@ def _config(made: _Made, modules: Modules, whole: Whole) -> SideFile:
     )
 
 
-def _metadata(made: _Made, modules: Modules) -> str:
+def _metadata(made: Result, modules: Modules) -> str:
     same = made.same_as
     if same is not None and same.adapter.config_text is not None:
         return same.adapter.config_text
     return metadata_text(made.members[0], modules.out.get(made.use.folder, []))
 
 
-def _fill(modules: Modules, made: Sequence[_Made]) -> None:
+def _fill(modules: Modules, made: Sequence[Result]) -> None:
     """Give an adapter its modules, with zeros, where a look at the weights has left none."""
     for one in made:
         if one.use.folder not in modules.out:
@@ -266,14 +186,17 @@ def _fill(modules: Modules, made: Sequence[_Made]) -> None:
                 modules.nothing(combination)
 
 
-def _left_out(modules: Modules, made: Sequence[_Made]) -> None:
+def _left_out(modules: Modules, listed: Sequence[Member]) -> None:
     """Say why tensors are no part of any adapter that is made."""
     unchanged = {module for _, module in modules.unchanged}
-    for one in made:
-        for combination in one.combinations:
-            why = "not changed" if combination.module.name in unchanged else "its weight is 0"
-            for change in combination.module.changes:
-                modules.ledger.enter("dropped", change.member.model, change.update.stored, why)
+    for member in listed:
+        for update in member.adapter.updates:
+            is_unchanged = member.renamed(update.module) in unchanged
+            why = "not changed" if is_unchanged else "its weight is 0"
+            modules.ledger.enter("dropped", member.model, update.stored, why)
+        held = [one.stored for one in member.adapter.saved]
+        held += [one.stored for one in member.adapter.rows]
+        modules.ledger.enter("dropped", member.model, held, "its weight is 0")
 
 
 def _notes(modules: Modules) -> tuple[str, ...]:

@@ -24,7 +24,7 @@ from merge_kit.publish.verify import verify
 
 PREFIX = "base_model.model."
 Q, UP = "model.layers.0.attn.q_proj", "model.layers.0.mlp.up_proj"
-SHAPES = {Q: (6, 5), UP: (9, 5)}
+SHAPES = {Q: (6, 5), UP: (9, 5), "model.layers.9.q_proj": (6, 5)}
 FILE = "adapter_model.safetensors"
 
 
@@ -89,14 +89,18 @@ def test_factors_are_laid_side_by_side_and_scales_folded(tmp_path, two):
 
 
 def test_every_tensor_of_every_adapter_is_accounted_for(tmp_path, two):
-    third = adapter(tmp_path / "three", {Q: 2}, seed=30)
+    norm = {f"{PREFIX}model.norm.weight": random(5, seed=31)}
+    saved = {"more": norm, "modules_to_save": ["norm"], "seed": 30}
+    third = adapter(tmp_path / "three", {Q: 2, "model.layers.9.q_proj": 2}, **saved)
     done = combine("lora_concat", [*two, third], tmp_path / "out", weights=[1.0, 0.5, 0.0])
     fates = {(f.model, f.tensor): (f.what, f.why) for f in done.plan.fates}
-    assert len(fates) == 4 + 2 + 2
+    assert len(fates) == 4 + 2 + 5
+    assert {fate for (model, _), fate in fates.items() if model == "input-3"} == {
+        ("dropped", "its weight is 0")
+    }
     q = f"{PREFIX}{Q}.lora_A.weight"
     assert fates["input-1", q] == ("merged", "")
     assert fates["input-1", f"{PREFIX}{UP}.lora_A.weight"] == ("copied", "")
-    assert fates["input-3", q] == ("dropped", "its weight is 0")
 
 
 def test_weights_that_cancel_leave_zeros(tmp_path, two):
@@ -322,6 +326,28 @@ def test_rows_of_different_tokens_are_all_kept(tmp_path):
     refused(listing(one, overlapping), "different rows of model.embed")
 
 
+def test_an_adapter_without_factors_is_part_of_the_result(tmp_path, two):
+    rows = {ROWS: random(1, 5, seed=97)}
+    more = {"more": rows, "trainable_token_indices": {"embed": [4]}, "target_modules": ["q_proj"]}
+    bare = adapter(tmp_path / "bare", {}, **more)
+    for weights in ([1.0, 1.0], [0.0, 1.0]):
+        out = tmp_path / f"out{weights[0]:g}"
+        combine("lora_concat", [two[0], bare], out, weights=weights)
+        assert torch.equal(load_file(out / FILE)[ROWS], rows[ROWS])
+    assert (out / "adapter_config.json").read_text() == (bare / "adapter_config.json").read_text()
+
+
+def test_what_one_holds_and_another_changes_is_refused_by_name(tmp_path):
+    SHAPES["model.embed"] = (8, 5)
+    one, _ = with_rows(tmp_path / "one", [3, 1], 90)
+    other = adapter(tmp_path / "two", {"model.embed": 2})
+    whole = {f"{PREFIX}model.embed.weight": random(8, 5, seed=91)}
+    third = adapter(tmp_path / "three", {Q: 2}, more=whole, modules_to_save=["embed"])
+    for second in (other, third):
+        refused(listing(one, second), "model.embed.weight", "input-1:one holds it")
+    refused(listing(third, other), "model.embed.weight", "input-1:three holds it")
+
+
 def test_what_is_averaged_is_the_mean(tmp_path):
     made = [with_rows(tmp_path / f"m{i}", [3, 1], 80 + i) for i in range(2)]
     folders, rows = [folder for folder, _ in made], [rows for _, rows in made]
@@ -329,8 +355,9 @@ def test_what_is_averaged_is_the_mean(tmp_path):
         out = tmp_path / saved
         done = combine("lora_concat", folders, out, parameters={"saved": saved})
         assert torch.allclose(load_file(out / FILE)[ROWS], wanted, atol=1e-7, rtol=0)
-        fates = {f.model: f.what for f in done.plan.fates if f.tensor == ROWS}
-        assert fates["input-2"] == ("merged" if saved == "mean" else "dropped")
+        fates = {f.model: (f.what, f.why) for f in done.plan.fates if f.tensor == ROWS}
+        dropped = ("dropped", "saved: first takes input-1:m0")
+        assert fates["input-2"] == (("merged", "") if saved == "mean" else dropped)
 
 
 # single files ------------------------------------------------------------------------------------
