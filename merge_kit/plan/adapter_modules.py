@@ -136,10 +136,10 @@ class Modules:
         if self.form != "alphas":
             return
         if kept is not None:
-            self.add(self.passed(folder, name, stored(kept), label, dtype=kept.spec.dtype))
+            self.add(self.passed(folder, name, stored(kept), label, is_number=True))
             return
         source = Generated("constant", (), scale=scale * rank)
-        self.add(self.passed(folder, name, source, label, dtype="F32"))
+        self.add(self.passed(folder, name, source, label, is_number=True))
 
     def note(
         self,
@@ -172,9 +172,15 @@ class Modules:
         *,
         dtype: str | None = None,
         compute: Compute = "F32",
+        is_number: bool = False,
     ) -> Step:
-        """Return a step that writes a source: the bytes of a file as they are, if it is one."""
-        out = self.dtype or dtype or source.dtype
+        """Return a step that writes a source: the bytes of a file as they are, if it is one.
+
+        Args:
+            dtype: Of the output, unless the stage names one.
+            is_number: Whether it is a setting, whose dtype the stage does not choose.
+        """
+        out = source.dtype if is_number else self.dtype or dtype or source.dtype
         target = Target(full_name(folder, name), TensorSpec(name, out, source.shape), -1, 0)
         step = Step("copy", (target,), (source,), (label,), group=self.number)
         if isinstance(source, Stored) and source.dtype == out:

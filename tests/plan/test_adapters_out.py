@@ -390,6 +390,55 @@ def test_files_of_diffusers_say_their_scales_in_their_metadata(tmp_path):
     assert packed["unet.target_modules"] == ["mid_block.attn.to_q"]
 
 
+def named(path, down, up, rank, seed, alpha=None):
+    module = "lora_unet_mid_block_attn_to_q" if alpha else f"{TO_Q}_lora"
+    held = {
+        f"{module}.{down}.weight": random(rank, 5, seed=seed),
+        f"{module}.{up}.weight": random(6, rank, seed=seed + 1),
+    }
+    if alpha:
+        held[f"{module}.alpha"] = torch.tensor(alpha)
+    save_file(held, path)
+    return path
+
+
+def sum_of(files, weights):
+    total = torch.zeros(6, 5, dtype=torch.float64)
+    for file, weight in zip(files, weights, strict=True):
+        (update,) = open_adapter(file).updates
+        held = load_file(file)
+        a, b = (held[t.spec.name].double() for t in (update.a, update.b))
+        total += weight * update.scale * b @ a
+    return total
+
+
+@pytest.mark.parametrize("method", ["lora_concat", "lora_linear", "lora_svd"])
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_kohyas_alpha_is_that_of_the_result_to_the_last_digit(tmp_path, method, dtype):
+    files = [
+        named(tmp_path / f"{i}.safetensors", "lora_down", "lora_up", 2 + i, 20 + i, 1.7)
+        for i in range(2)
+    ]
+    parameters = {"rank": 5} if method == "lora_svd" else {}
+    more = {"parameters": parameters, **({"dtype": dtype} if dtype else {})}
+    combine(method, files, tmp_path / "out", weights=[1.0, -0.3], **more)
+    (made,) = (tmp_path / "out").glob("*.safetensors")
+    held = load_file(made)
+    assert held["lora_unet_mid_block_attn_to_q.alpha"].dtype == torch.float32
+    wanted = sum_of(files, [1.0, -0.3])
+    slack = 2.0**-6 if dtype else 1e-6
+    assert torch.allclose(sum_of([made], [1.0]), wanted, atol=slack * float(wanted.abs().max()))
+
+
+def test_old_files_that_say_no_scale_come_out_with_scale_1(tmp_path):
+    files = [named(tmp_path / f"{i}.safetensors", "down", "up", 2 + i, 30 + i) for i in range(2)]
+    combine("lora_concat", files, tmp_path / "out", weights=[3.0, -0.3])
+    (made,) = (tmp_path / "out").glob("*.safetensors")
+    assert load_file(made).keys() == load_file(files[0]).keys()
+    wanted = sum_of(files, [3.0, -0.3])
+    assert torch.allclose(sum_of([made], [1.0]), wanted, atol=1e-5, rtol=0)
+
+
 def test_styles_are_not_mixed(tmp_path, two):
     file = diffusers_file(tmp_path / "x.safetensors", 2, 2.0, 95)
     refused(listing(two[0], file), "peft", "diffusers", "input-2:x")
