@@ -64,7 +64,8 @@ def work(shape: tuple[int, int], made: Sequence[int], *, whole: bool) -> Work:
     flops = truncated.flops(rows, columns, rank) + 2.0 * rows * columns * rank
     flops += truncated.spectrum_flops(rows, columns) if whole else 0.0
     held = 3 * rank * (rows + columns) + 3 * (_TILE + columns)
-    return Work(truncated.scratch_bytes(rows, columns, rank) + 8 * held, flops)
+    first = truncated.spectrum_bytes(rows, columns) if whole else 0
+    return Work(max(first, truncated.scratch_bytes(rows, columns, rank) + 8 * held), flops)
 
 
 def _norm(matrix: Tensor) -> float:

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from merge_kit.errors import ParameterError
+from merge_kit.methods import truncated
 from merge_kit.methods.base import Scans, Slab, Yield
 from merge_kit.methods.compression import compressed, spectrum, work
-from merge_kit.methods.lazy import torch
 from merge_kit.methods.registry import register
 from merge_kit.methods.updates import AdapterMethod, Spectrum, Work, check_truncation
 
@@ -83,8 +83,8 @@ class LoraExtract(AdapterMethod):
         del scans
         if self.energy is not None:
             return [spectrum(slab, self.energy)]
-        norm = float(torch.linalg.vector_norm(slab.deltas[0], dtype=torch.float64))
         rows, columns = slab.shape
+        norm = truncated.norm(slab.deltas[0].view(rows, columns))
         return [Spectrum(self.rank_bound((), (rows, columns)) if norm else 0, norm)]
 
     def merge(self, slab: Slab, scans: Scans) -> Yield:

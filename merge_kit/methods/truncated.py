@@ -10,6 +10,8 @@ https://arxiv.org/abs/1504.05477.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import count
+from math import hypot
 from typing import TYPE_CHECKING
 
 from merge_kit.core.tensors import BLOCK
@@ -34,6 +36,9 @@ ROUNDING = 2.0**-23
 
 _TILE = 16 * BLOCK
 """Elements that are in float64 at once."""
+
+_STEPS = 500
+"""Blocks of a space, at most; real matrices take from 3 to 30."""
 
 _GROWTH = 2e-4
 """A space is done when a block captures no more than this share of what is left."""
@@ -72,7 +77,7 @@ def truncated(matrix: Tensor, rank: int, name: str) -> Factors:
         SolveError: If a decomposition does not succeed.
     """
     rows, columns = matrix.shape
-    largest = float(matrix.abs().max())
+    largest = _largest(matrix)
     if largest == 0 or largest - largest != 0:
         value = 0.0 if largest == 0 else torch.nan
         nothing = [torch.full(s, value, dtype=torch.float64) for s in ((rows, rank), (rank,))]
@@ -105,7 +110,7 @@ def spectrum(matrix: Tensor, name: str) -> Tensor:
     Raises:
         SolveError: If the decomposition does not succeed.
     """
-    largest = float(matrix.abs().max()) if matrix.numel() else 0.0
+    largest = _largest(matrix) if matrix.numel() else 0.0
     if not 1 / _RANGE < largest < _RANGE and largest:
         return spectrum(matrix.double() / largest, name) * largest
     wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
@@ -117,6 +122,11 @@ def spectrum(matrix: Tensor, name: str) -> Tensor:
     except torch.linalg.LinAlgError as exc:  # type: ignore[attr-defined]
         raise _failed(matrix, name, exc) from exc
     return found
+
+
+def norm(matrix: Tensor) -> float:
+    """Return the Frobenius norm of a matrix, in float64, without a copy of it."""
+    return hypot(*(float(torch.linalg.vector_norm(tile)) for _, tile in _tiles(matrix)))
 
 
 def rank_of_energy(values: Tensor, energy: float) -> int:
@@ -139,26 +149,41 @@ def rank_of_energy(values: Tensor, energy: float) -> int:
 
 
 def scratch_bytes(rows: int, columns: int, rank: int) -> int:
-    """Return the bytes that `truncated` and `spectrum` take on top of the matrix."""
+    """Return the bytes that `truncated` takes on top of the matrix."""
     small, large = sorted((rows, columns))
     if small <= SMALL:
         return 8 * (_WORK + 5 * small * large + 6 * small**2)
-    whole = 5 * small**2 + 3 * (rank + _block(rank)) * (small + large)
-    return 8 * (_WORK + _TILE + max(whole, 2 * (_most(small) + _block(rank)) * (small + large)))
+    sides, extra = small + large, rank + _block(rank)
+    if MANY * rank < small:
+        return 8 * (_WORK + _TILE + 2 * (_most(small, rank) + extra) * sides)
+    return 8 * (_WORK + _TILE + 5 * small**2 + 3 * min(extra, small) * sides)
 
 
 def flops(rows: int, columns: int, rank: int) -> float:
-    """Return the operations of `truncated`, about."""
+    """Return the operations of `truncated`, about, those of products at the pace of the others."""
     small, large = sorted((rows, columns))
     if small <= SMALL or MANY * rank >= small:
-        return 2.0 * large * small**2 + 9.0 * small**3
+        return 1.0 * large * small**2 + 5.0 * small**3
     return 4.0 * rows * columns * 6 * rank
 
 
-def spectrum_flops(rows: int, columns: int) -> float:
-    """Return the operations of `spectrum`, about."""
+def spectrum_bytes(rows: int, columns: int) -> int:
+    """Return the bytes that `spectrum` takes on top of the matrix."""
     small, large = sorted((rows, columns))
-    return 2.0 * large * small**2 + 3.0 * small**3
+    whole = small * large if small <= SMALL else 0
+    return 8 * (_WORK + _TILE + 5 * small**2 + 2 * whole)
+
+
+def spectrum_flops(rows: int, columns: int) -> float:
+    """Return the operations of `spectrum`, about, those of products at the pace of the others."""
+    small, large = sorted((rows, columns))
+    return 0.5 * large * small**2 + 1.5 * small**3
+
+
+def _largest(matrix: Tensor) -> float:
+    """Return the largest magnitude, NaN if one is."""
+    least, most = torch.aminmax(matrix)
+    return float(torch.maximum(-least, most))
 
 
 def _failed(matrix: Tensor, name: str, why: Exception) -> SolveError:
@@ -171,9 +196,9 @@ def _block(rank: int) -> int:
     return max(16, -(-rank // 2))
 
 
-def _most(small: int) -> int:
-    """Return the most vectors of a space, beyond which a whole decomposition is cheaper."""
-    return small // 2
+def _most(small: int, rank: int) -> int:
+    """Return how many vectors a space may have before it starts again from its best."""
+    return min(small // 2, rank + 16 * _block(rank))
 
 
 def _of_wide(matrix: Tensor, rank: int, name: str) -> Factors:
@@ -182,8 +207,9 @@ def _of_wide(matrix: Tensor, rank: int, name: str) -> Factors:
     if rows <= SMALL:
         u, s, vh = torch.linalg.svd(matrix.double(), full_matrices=False)
         return u[:, :rank], s[:rank], vh[:rank]
-    basis = None if MANY * rank >= rows else _krylov(matrix, rank, name)
-    if basis is None:
+    if MANY * rank < rows:
+        basis = _krylov(matrix, rank, name)
+    else:
         squares, vectors = torch.linalg.eigh(_gram(matrix))
         if float(squares[-rank]) > _SEPARATE * float(squares[-1]):
             return _by_products(matrix, vectors[:, -rank:].flip(1))
@@ -202,32 +228,33 @@ def _by_products(matrix: Tensor, left: Tensor) -> Factors:
     return left[:, order], values[order], right
 
 
-def _krylov(matrix: Tensor, rank: int, name: str) -> Tensor | None:
+def _krylov(matrix: Tensor, rank: int, name: str) -> Tensor:
     """Return an orthonormal basis (rows, rank and more) of what the matrix maps to most.
 
-    None if a space of half of all directions is not enough.
+    A space that has grown large goes on from the best that it holds.
     """
     rows, columns = matrix.shape
     block = _block(rank)
-    energy = float(torch.linalg.vector_norm(matrix, dtype=torch.float64)) ** 2
+    energy = norm(matrix) ** 2
     start = noise.normal(("truncated", name), 0, columns * block).view(columns, block)
-    fresh = _fresh(name, rows, block)
-    left = _directions(_like(matrix, start), torch.empty(rows, 0, dtype=torch.float64), fresh)
-    right = (matrix.T @ left.to(matrix.dtype)).double()
-    known, captured = right, -1.0
-    while True:
-        values, vectors = torch.linalg.eigh(known.T @ known)
-        before, captured = captured, float(values[-rank:].sum())
-        rest = max(energy - captured, _NOTHING * energy)
-        wide_enough = left.shape[1] >= rank + block
-        if wide_enough and captured - before <= _GROWTH * rest:
-            basis: Tensor = left @ vectors[:, -(rank + block) :]
-            return basis
-        if left.shape[1] + block > _most(rows):
-            return None
-        more = _directions(_like(matrix, right), left, fresh)
+    found, captured = _like(matrix, start), -1.0
+    left, known = (torch.empty(size, 0, dtype=torch.float64) for size in (rows, columns))
+    for step in count():
+        more = _directions(found, left, _fresh(name, rows, block, step))
         right = (matrix.T @ more.to(matrix.dtype)).double()
         left, known = torch.cat([left, more], 1), torch.cat([known, right], 1)
+        values, vectors = torch.linalg.eigh(known.T @ known)
+        before, captured = captured, float(values[-rank:].sum())
+        best = vectors[:, -(rank + block) :]
+        rest = max(energy - captured, _NOTHING * energy)
+        is_done = left.shape[1] >= rank + block and captured - before <= _GROWTH * rest
+        if is_done or step == _STEPS:
+            break
+        if left.shape[1] >= _most(rows, rank):
+            left, known = left @ best, known @ best
+        found = _like(matrix, right)
+    basis: Tensor = left @ best
+    return basis
 
 
 def _like(matrix: Tensor, vectors: Tensor) -> Tensor:
@@ -235,17 +262,17 @@ def _like(matrix: Tensor, vectors: Tensor) -> Tensor:
     return (matrix @ vectors.to(matrix.dtype)).double()
 
 
-def _fresh(name: str, rows: int, block: int) -> Callable[[int], Tensor]:
-    """Return what makes the n-th block of random directions, for spaces that grow no more."""
+def _fresh(name: str, rows: int, block: int, step: int) -> Callable[[], Tensor]:
+    """Return what makes random directions, for spaces that grow no more."""
 
-    def made(at: int) -> Tensor:
-        drawn = noise.normal(("truncated", name, "fresh", at), 0, rows * block)
+    def made() -> Tensor:
+        drawn = noise.normal(("truncated", name, "fresh", step), 0, rows * block)
         return drawn.double().view(rows, block)
 
     return made
 
 
-def _directions(found: Tensor, known: Tensor, fresh: Callable[[int], Tensor]) -> Tensor:
+def _directions(found: Tensor, known: Tensor, fresh: Callable[[], Tensor]) -> Tensor:
     """Return orthonormal directions of `found` that are orthogonal to the known ones.
 
     Where it has none left (the matrix has a lower rank), random ones take their place.
@@ -254,7 +281,7 @@ def _directions(found: Tensor, known: Tensor, fresh: Callable[[int], Tensor]) ->
     basis, triangle = torch.linalg.qr(_without(found, known))
     weak = triangle.diagonal().abs() <= 1e-9 * size
     if bool(weak.any()):
-        basis[:, weak] = fresh(known.shape[1])[:, weak]
+        basis[:, weak] = fresh()[:, weak]
     clean: Tensor = torch.linalg.qr(_without(basis, known))[0]
     return clean
 
