@@ -35,7 +35,7 @@ INDEX = torch.arange(1, ROWS + 1, dtype=torch.float64)
 SPECTRA = {
     "flat": torch.ones(ROWS),
     "nearly flat": INDEX**-0.25,
-    "slow": INDEX**-0.5,
+    "gentle": INDEX**-0.5,
     "decaying": 1 / INDEX,
     "fast": torch.exp(-INDEX / 10),
     "a floor": torch.exp(-INDEX / 5) + 0.01,
@@ -75,8 +75,8 @@ def test_small_matrices_and_many_values_are_exact(rows, columns, share):
 @pytest.mark.parametrize(
     ("of", "rank"),
     [
-        (matrix(SPECTRA["slow"]), RANK),
-        (matrix(SPECTRA["slow"]).T, 100),
+        (matrix(SPECTRA["gentle"]), RANK),
+        (matrix(SPECTRA["gentle"]).T, 100),
         (matrix(SPECTRA["fast"]), 100),  # the last values are far below the first
         (matrix([2.0, 1.0]), RANK),
         (matrix([2.0, 1.0]), 100),
@@ -107,7 +107,7 @@ def test_a_diagonal_by_hand():
 
 
 def test_every_run_gives_the_same_bits_in_any_thread():
-    of, found = matrix(SPECTRA["slow"]), []
+    of, found = matrix(SPECTRA["gentle"]), []
 
     def run():
         found.append(truncated(of, 9, "w"))
@@ -122,7 +122,7 @@ def test_every_run_gives_the_same_bits_in_any_thread():
 
 
 def test_the_matrix_is_left_as_it_is():
-    of = matrix(SPECTRA["slow"])
+    of = matrix(SPECTRA["gentle"])
     before = of.clone()
     truncated(of, RANK, "w")
     spectrum(of, "w")
@@ -158,7 +158,7 @@ def test_nothing_has_no_values():
 
 def test_what_is_not_finite_stays_so():
     for value in (torch.nan, torch.inf):
-        of = matrix(SPECTRA["slow"])
+        of = matrix(SPECTRA["gentle"])
         of[3, 4] = value
         assert all(bool(part.isnan().all()) for part in truncated(of, 2, "w"))
 
@@ -208,7 +208,7 @@ def test_a_decomposition_that_fails_names_the_tensor(monkeypatch):
 
     for name in ("svd", "svdvals", "eigh", "eigvalsh"):
         monkeypatch.setattr(torch.linalg, name, fail)
-    for of in (torch.ones(3, 2), matrix(SPECTRA["slow"])):
+    for of in (torch.ones(3, 2), matrix(SPECTRA["gentle"])):
         with pytest.raises(SolveError, match=r"q_proj: no singular values of \["):
             truncated(of, 2, "q_proj")
         with pytest.raises(SolveError, match="did not converge"):
