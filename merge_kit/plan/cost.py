@@ -178,7 +178,7 @@ def bill(
 
     Args:
         peak: What `fit` returned.
-        scanned: Steps that are only scanned, for statistics over a whole model.
+        scanned: Steps that are only scanned, for statistics over a whole model, or looked at.
         tensors: As given to `fit`.
     """
     every = (*steps, *scanned)
@@ -193,7 +193,7 @@ def bill(
         peak_bytes=peak,
         workers=workers,
         heavy_bytes=heavy,
-        flops=sum(flops(step) for step in steps),
+        flops=sum(flops(step) for step in (*steps, *(s for s in scanned if s.shape is not None))),
         solves=sum(flops(step) > 0 for step in steps),
         solvers=min(workers, heavy // heaviest) if heaviest else workers,
     )

@@ -26,7 +26,7 @@ from merge_kit.plan.walk import parts
 PIECE = 8 * BLOCK
 """Elements that are read from a file at once."""
 
-STRIP = 4 * BLOCK
+STRIP = 2 * BLOCK
 """Elements of a strip of a product of factors, about."""
 
 KEPT = 16 * BLOCK
