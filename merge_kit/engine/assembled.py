@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor
 
 from merge_kit.core.tensors import BLOCK
 from merge_kit.engine.workspace import Workspace
-from merge_kit.plan.sources import Columns, Source, Transposed, elements
+from merge_kit.plan.sources import Columns, Rows, Source, Transposed, elements
 
 Read = Callable[[Source, int, int, Tensor, Workspace], None]
 """Fills a tensor with elements [start, stop) of a flattened source."""
@@ -74,6 +75,10 @@ def read_transposed(
     height, width = source.source.shape  # rows become columns
     if not elements(source):
         return
+    inner = source.source
+    if isinstance(inner, Rows) and isinstance(inner.source, Transposed):
+        _chosen_columns(read, inner.source.source, inner.rows, start, out, work)
+        return
     first, last = start // height, -(-stop // height)
     with work.spare((last - first) * height, out.dtype) as lent:
         turned = lent.view(last - first, height)
@@ -82,6 +87,25 @@ def read_transposed(
         else:
             _in_blocks(read, source.source, first, turned, work)
         out.copy_(lent[start - first * height : stop - first * height])
+
+
+def _chosen_columns(
+    read: Read, matrix: Source, columns: Sequence[int], start: int, out: Tensor, work: Workspace
+) -> None:
+    """Fill `out` with a run of some columns of a matrix, -1 for zeros: it is read by rows."""
+    count, width = len(columns), matrix.shape[1]
+    wanted, tall = torch.tensor(columns), max(1, BLOCK // width)
+    stop = start + out.numel()
+    for top in range(start // count, -(-stop // count), tall):
+        rows = min(tall, matrix.shape[0] - top)
+        with work.spare(rows * width, out.dtype) as lent:
+            read(matrix, top * width, (top + rows) * width, lent, work)
+            chosen = lent.view(rows, width)[:, wanted.clamp(min=0)]
+        chosen[:, wanted < 0] = 0
+        low, high = max(start, top * count), min(stop, (top + rows) * count)
+        out[low - start : high - start].copy_(
+            chosen.view(-1)[low - top * count : high - top * count]
+        )
 
 
 def _each_row(read: Read, matrix: Source, first: int, out: Tensor, work: Workspace) -> None:

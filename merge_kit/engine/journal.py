@@ -67,7 +67,7 @@ class Journal:
         for index, entry in self.entries():
             try:
                 found[index] = _finished(entry)
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, AttributeError):
                 continue  # the step is done again
         return found
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from merge_kit.core.dtypes import DTYPES
 from merge_kit.engine.assembled import read_columns, read_transposed
 from merge_kit.engine.norms import read_normed
-from merge_kit.engine.products import read_low_rank, read_sum
+from merge_kit.engine.products import forget, read_low_rank, read_sum
 from merge_kit.engine.workspace import Workspace
 from merge_kit.io.reader import Reader
 from merge_kit.io.torch_dtypes import torch_dtype
@@ -138,6 +138,8 @@ class Operands:
             low, high = max(start, first), min(stop, last)
             if low < high:
                 self.read(part, low - first, high - first, out[low - start : high - start], work)
+                if high == last:
+                    forget(part, work)  # of many experts, one is kept
             first = last
 
     def _permuted(

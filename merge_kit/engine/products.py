@@ -7,6 +7,7 @@ the next one, and so are the factors.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +17,7 @@ from merge_kit.engine.assembled import Read
 from merge_kit.engine.workspace import Workspace
 from merge_kit.plan.residency import is_kept, strip_rows
 from merge_kit.plan.sources import LowRank, Source, Sum, elements
+from merge_kit.plan.walk import parts
 
 
 def read_low_rank(
@@ -42,6 +44,21 @@ def read_sum(read: Read, source: Sum, start: int, stop: int, out: Tensor, work: 
         with work.spare(stop - start, out.dtype) as lent:
             read(term, start, stop, lent, work)
             out.add_(lent, alpha=times)
+
+
+def forget(source: Source, work: Workspace) -> None:
+    """Give back what is kept for a source and its parts."""
+    if not work.kept:
+        return
+    gone = set(_ids(source))
+    for key in [key for key in work.kept if key[0] in gone]:
+        del work.kept[key]
+
+
+def _ids(source: Source) -> Iterator[int]:
+    yield id(source)
+    for part in parts(source):
+        yield from _ids(part)
 
 
 def _add_product(

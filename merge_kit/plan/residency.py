@@ -11,6 +11,7 @@ from math import prod
 from merge_kit.core.tensors import BLOCK, nbytes
 from merge_kit.plan.sources import (
     Columns,
+    Concat,
     Generated,
     LowRank,
     Normed,
@@ -52,7 +53,10 @@ def is_kept(factor: Source) -> bool:
 
 def kept_bytes(source: Source, width: int) -> int:
     """Return what stays between slabs, for elements of `width` bytes; not in feeding steps."""
-    inside = sum(kept_bytes(part, width) for part in parts(source))
+    each = [kept_bytes(part, width) for part in parts(source)]
+    if isinstance(source, Concat):
+        return max(each, default=0)
+    inside = sum(each)
     if isinstance(source, LowRank):
         columns = max(1, elements(source.a) // _rank(source))
         rows = min(strip_rows(columns), elements(source) // columns)

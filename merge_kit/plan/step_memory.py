@@ -8,7 +8,7 @@ from math import prod
 from merge_kit.core.dtypes import DTYPES
 from merge_kit.core.tensors import BLOCK, nbytes, numel
 from merge_kit.methods.updates import AdapterMethod, Work
-from merge_kit.plan.residency import kept_bytes, raw_bytes, spare_bytes
+from merge_kit.plan.residency import PIECE, kept_bytes, raw_bytes, spare_bytes
 from merge_kit.plan.sources import LowRank, Source, elements
 from merge_kit.plan.values import Step
 from merge_kit.plan.walk import (
@@ -70,9 +70,12 @@ def _levels(step: Step, slab: int, known: dict[int, list[int]]) -> list[int]:
 
 def _own_bytes(step: Step, slab: int) -> int:
     """Return the memory of one worker for slabs of one step alone."""
+    width = _width(step)
     if step.method is None:
-        return 4 * 8 * BLOCK
-    count, width = _slab_count(step, slab), _width(step)
+        compared = 0 if step.base is None else 2 * width * PIECE
+        spare = max((spare_bytes(source, PIECE, width) for source in operands(step)), default=0)
+        return 4 * 8 * BLOCK + compared + spare
+    count = _slab_count(step, slab)
     whole = [elements(source) for source in _whole(step)]
     longest = max(count, *whole, 0)
     outputs = (min(t.spec.nbytes, nbytes(t.spec.dtype, longest)) for t in step.outputs)

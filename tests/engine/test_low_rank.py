@@ -72,7 +72,15 @@ def low_rank(folder, name, rows, columns, rank, *, scale=0.7, dtype=torch.float3
 
 @pytest.mark.parametrize(
     ("rows", "columns", "rank"),
-    [(331, 1501, 8), (1, 200_001, 3), (70_001, 3, 2), (37, 30_011, 5), (64, 4096, 16), (5, 1, 1), (3001, 1501, 4)],
+    [
+        (331, 1501, 8),
+        (1, 200_001, 3),
+        (70_001, 3, 2),
+        (37, 30_011, 5),
+        (64, 4096, 16),
+        (5, 1, 1),
+        (3001, 1501, 4),
+    ],
 )
 def test_products_are_exact_for_every_shape_and_slab(rows, columns, rank, tmp_path):
     source, oracle, magnitudes = low_rank(tmp_path, "p", rows, columns, rank)
@@ -157,6 +165,40 @@ def test_factors_may_be_put_together_of_others(tmp_path):
     right = torch.cat([a1, a2.T]).double()
     oracle = 0.5 * b.double().T @ right
     close(read(source, tmp_path), oracle, 0.5 * b.double().T.abs() @ right.abs(), 7)
+
+
+def test_columns_far_apart_are_chosen(tmp_path):
+    x = normal(4001, 96)
+    order = (5, 95, -1, 0, 17, 5)
+    source = Transposed(Rows(Transposed(stored(tmp_path, "x", x)), order))
+    expected = torch.stack([x[:, i] if i >= 0 else torch.zeros(4001) for i in order], dim=1)
+    assert torch.equal(read(source, tmp_path), expected)
+
+
+def test_changes_of_many_experts_follow_one_another_and_one_is_kept(tmp_path):
+    experts, rows, columns, rank = 12, 101, 301, 2
+    w, a = normal(experts, rows, columns), normal(experts * rank, columns)
+    b = normal(rows, rank * experts)
+    weight, right, left = (stored(tmp_path, n, t) for n, t in (("w", w), ("a", a), ("b", b)))
+    pieces = [
+        LowRank(
+            View(weight, i * rows * columns, (rows, columns)),
+            View(right, i * rank * columns, (rank, columns)),
+            Transposed(Rows(Transposed(left), tuple(range(i, rank * experts, experts)))),
+            0.5,
+            (rows, columns),
+        )
+        for i in range(experts)
+    ]
+    source = View(Concat(tuple(pieces)), 0, w.shape)
+    each = torch.stack(
+        [0.5 * b[:, i::experts].double() @ a[2 * i : 2 * i + 2].double() for i in range(experts)]
+    )
+    sizes = torch.stack(
+        [b[:, i::experts].abs() @ a[2 * i : 2 * i + 2].abs() for i in range(experts)]
+    )
+    close(read(source, tmp_path), w.double() + each, w.abs() + 0.5 * sizes, rank)
+    assert residency.kept_bytes(source, 4) == residency.kept_bytes(pieces[0], 4)
 
 
 def test_a_large_left_factor_is_read_by_rows_with_the_same_bits(tmp_path, monkeypatch):
