@@ -12,7 +12,6 @@ from merge_kit.methods.base import MergeMethod
 from merge_kit.plan.adapter_factors import factor_pair, formed, scaled, stored, upright
 from merge_kit.plan.adapter_groups import Change
 from merge_kit.plan.adapter_modules import Modules
-from merge_kit.plan.adapter_names_out import module_names
 from merge_kit.plan.adapter_terms import Combination, Term
 from merge_kit.plan.models import full_name
 from merge_kit.plan.sources import Generated, Merged, Source
@@ -84,7 +83,7 @@ class Compressor:
         return found
 
     def _rank_found(self, one: Combination) -> int:
-        key = full_name(one.use.folder, module_names(one.module).a)
+        key = full_name(one.use.folder, self._modules.names(one).a)
         found = (self._fitted or {}).get(key)
         if found is None:
             problem = f"{key} was not there when the weights were looked at"
@@ -169,7 +168,7 @@ class Compressor:
 
     def _targets(self, made: Sequence[Ranked], changes: Sequence[Change]) -> tuple[Target, ...]:
         first = made[0].one.module.first
-        names = module_names(made[0].one.module)
+        names = self._modules.names(made[0].one)
         dtypes = [spec.spec.dtype for c in changes for spec in (c.update.a, c.update.b)]
         dtype = self._modules.dtype or promoted(dtypes)
         a, b = first.a.spec.shape, first.b.spec.shape
@@ -197,7 +196,7 @@ class Compressor:
             modules.alpha(one.one, one.rank, 1.0, None)
 
     def _bias(self, one: Combination) -> None:
-        names = module_names(one.module)
+        names = self._modules.names(one)
         if one.use.folder not in self._modules.biased or one.method.works_on != "elements":
             self._modules.bias(one, names, one.counting, 1.0)
             return

@@ -30,6 +30,7 @@ class Modules:
     Attributes:
         dtype: What the stage names, None for that of the factors.
         form: How scales are said.
+        same: Folders of adapters that are one of the inputs, tensor by tensor.
         biased: Folders of the adapters whose modules all have a bias of b.
         out: By folder, in the order of the steps.
         unchanged: Folders and modules that are left out because nothing changes.
@@ -40,6 +41,7 @@ class Modules:
     ledger: Ledger
     biased: frozenset[str]
     form: Form
+    same: frozenset[str]
     steps: list[Step] = field(default_factory=list)
     out: dict[str, list[OutModule]] = field(default_factory=dict)
     ranks: list[ModuleRank] = field(default_factory=list)
@@ -50,11 +52,16 @@ class Modules:
     def dtype(self) -> str | None:
         return self.stage.out_dtype or self.stage.dtype
 
+    def names(self, one: Combination) -> TensorNames:
+        """Return what the tensors of a module are called."""
+        canonical = self.form == "config" and one.use.folder not in self.same
+        return module_names(one.module, canonical=canonical)
+
     def keep(self, one: Combination) -> None:
         """Add a module that one adapter has, as it is."""
         change, folder = one.kept, one.use.folder
         assert change is not None  # the caller has asked
-        update, names = change.update, module_names(one.module)
+        update, names = change.update, self.names(one)
         self.ledger.update(change.member.model, update, copied=self.dtype is None)
         self._factors(one, names, [Term(change, 1.0, change.member.index)], (1.0,))
         if update.magnitude is not None:
@@ -66,7 +73,7 @@ class Modules:
 
     def nothing(self, one: Combination) -> None:
         """Add a module that changes nothing: the first a, and zeros for b."""
-        change, folder, names = one.module.changes[0], one.use.folder, module_names(one.module)
+        change, folder, names = one.module.changes[0], one.use.folder, self.names(one)
         update, label = change.update, change.member.model.label
         self.ledger.enter("copied", change.member.model, [update.a])
         self.add(self.passed(folder, names.a, stored(update.a), label))
@@ -81,7 +88,7 @@ class Modules:
 
         The scale is that of the term that counts most, whose factors stay as they are.
         """
-        names, terms = module_names(one.module), one.counting
+        names, terms = self.names(one), one.counting
         scale = 1.0 if self.form == "none" else max(abs(term.scale) for term in terms)
         self._factors(one, names, terms, [term.scale / scale for term in terms])
         self.bias(one, names, terms, scale)
@@ -131,7 +138,7 @@ class Modules:
 
     def alpha(self, one: Combination, rank: int, scale: float, kept: StoredTensor | None) -> None:
         """Add the tensor that says the scale, where there is one."""
-        folder, name = one.use.folder, module_names(one.module).alpha
+        folder, name = one.use.folder, self.names(one).alpha
         label = one.module.changes[0].member.model.label
         if self.form != "alphas":
             return
@@ -156,7 +163,7 @@ class Modules:
         kind = one.module.kind
         made = OutModule(folder, name, kind, rank, scale, biased, magnitude=magnitude)
         self.out.setdefault(folder, []).append(made)
-        a = full_name(folder, module_names(one.module).a)
+        a = full_name(folder, self.names(one).a)
         self.ranks.append(ModuleRank(full_name(folder, name), rank, fitted, a))
 
     def add(self, step: Step) -> None:

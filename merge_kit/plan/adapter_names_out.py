@@ -44,9 +44,16 @@ def common_style(adapters: Sequence[Member]) -> Style:
     return first.adapter.style
 
 
-def module_names(module: ModuleGroup) -> TensorNames:
-    """Return the names that the first adapter with this module gives its tensors."""
+def module_names(module: ModuleGroup, *, canonical: bool) -> TensorNames:
+    """Return what the tensors of a module are called.
+
+    Args:
+        canonical: Whether names are those that peft writes today, rather than those that the first
+            adapter with this module has in its file.
+    """
     update = module.first
+    if canonical and module.kind != "experts":
+        return _of_peft(module)
     b = update.b.spec.name
     stem = b.removesuffix(".weight")
     names = TensorNames(
@@ -56,10 +63,27 @@ def module_names(module: ModuleGroup) -> TensorNames:
         magnitude=_name(update, "magnitude") or "",
         alpha=_name(update, "alpha_tensor") or _ALPHA.sub(".alpha", update.a.spec.name),
     )
-    if module.name == update.module:
-        return names
     old, new = update.module, module.name
-    return TensorNames(*(getattr(names, f.name).replace(old, new, 1) for f in fields(names)))
+    if module.kind == "experts":  # the name of the parameter is no part of that of the tensor
+        old, new = old.rpartition(".")[0], new.rpartition(".")[0]
+    changed = [getattr(names, f.name) for f in fields(names)]
+    if old != new:
+        changed = [name.replace(old, new, 1) for name in changed]
+    return TensorNames(*(with_prefix(name) if canonical else name for name in changed))
+
+
+def _of_peft(module: ModuleGroup) -> TensorNames:
+    stem = f"{PREFIX}{module.name}"
+    a, b = f"{stem}.lora_A.weight", f"{stem}.lora_B.weight"
+    if module.kind == "embedding":
+        a, b = f"{stem}.lora_embedding_A", f"{stem}.lora_embedding_B"
+    magnitude = f"{stem}.lora_magnitude_vector"
+    return TensorNames(a, b, f"{stem}.lora_B.bias", magnitude, f"{stem}.alpha")
+
+
+def with_prefix(name: str) -> str:
+    """Return a name with the prefix of peft, which some files lack and peft looks for."""
+    return name if name.startswith(PREFIX) else f"{PREFIX}{name}"
 
 
 def _name(update: Update, field: str) -> str | None:

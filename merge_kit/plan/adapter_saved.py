@@ -13,7 +13,7 @@ from merge_kit.methods.updates import AdapterMethod
 from merge_kit.plan.adapter_factors import stored
 from merge_kit.plan.adapter_groups import Member
 from merge_kit.plan.adapter_modules import Modules
-from merge_kit.plan.adapter_names_out import PREFIX, base_layer_name
+from merge_kit.plan.adapter_names_out import PREFIX, base_layer_name, with_prefix
 from merge_kit.plan.sources import Concat, Source, Sum
 
 _HINT = (
@@ -73,14 +73,14 @@ class Whole:
 
     def _tensor(self, tensor: str, why: str, holders: Sequence[Holder]) -> None:
         self.biases = self.biases or why == "bias"
-        name = _written(holders[0])
-        if why != "modules_to_save":
+        name = self._written(holders[0])
+        if why != "modules_to_save" and self.folder not in self.modules.same:
             wrapped = tensor.rpartition(".")[0] in self.changed
             name = base_layer_name(tensor, is_wrapped=wrapped)
         self._decide(name, tensor, holders, is_base=why == "base_layer")
 
     def _rows(self, module: str, holders: Sequence[Holder]) -> None:
-        name, first = _written(holders[0]), holders[0]
+        name, first = self._written(holders[0]), holders[0]
         self.tokens[module] = first.tokens
         if all(holder.tokens == first.tokens for holder in holders):
             self._decide(name, f"{module}.weight", holders)
@@ -161,6 +161,13 @@ class Whole:
         for holder in holders:
             self.modules.ledger.enter(what, holder.member.model, [holder.tensor])
 
+    def _written(self, holder: Holder) -> str:
+        """Return the name in the output of a tensor."""
+        name = holder.tensor.spec.name
+        if self.folder in self.modules.same:
+            return name
+        return with_prefix(holder.member.renamed(name.removeprefix(PREFIX)))
+
     def _drop(self, holder: Holder, why: str) -> None:
         self.modules.ledger.enter("dropped", holder.member.model, [holder.tensor], why)
 
@@ -189,15 +196,6 @@ def _rows(members: Sequence[Member], weight: Weight) -> Mapping[str, list[Holder
             holder = Holder(member, rows.stored, counts, rows.tokens)
             found.setdefault(module, []).append(holder)
     return found
-
-
-def _written(holder: Holder) -> str:
-    """Return the name in the output."""
-    name, (old, new) = holder.tensor.spec.name, holder.member.prefix
-    if old == new:
-        return name
-    inside = name.removeprefix(PREFIX)
-    return f"{PREFIX}{holder.member.renamed(inside)}"
 
 
 def _named(holders: Sequence[Holder]) -> str:

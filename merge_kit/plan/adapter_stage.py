@@ -69,7 +69,8 @@ def adapter_stage(
     findings.raise_any()
     labels = [inputs.find(entry.model).label for entry in stage.models]
     biased = frozenset(one.use.folder for one in made if first_biased(one) is not None)
-    modules = Modules(stage, number, Ledger(), biased, form)
+    same = frozenset(one.use.folder for one in made if one.same_as is not None)
+    modules = Modules(stage, number, Ledger(), biased, form, same)
     compressor = Compressor(modules, labels, seed_of(stage.name, seed), fitted)
     _add_modules(modules, compressor, made, findings)
     files, metadata = _files(modules, made, terms, findings)

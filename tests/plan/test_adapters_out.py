@@ -136,6 +136,15 @@ def test_adapters_with_and_without_the_models_prefix_are_taken_for_the_same(tmp_
         assert torch.allclose(found[name], wanted, atol=1e-6, rtol=0)
 
 
+def test_names_are_those_that_peft_looks_for_whatever_a_file_has(tmp_path, two):
+    held = {name.removeprefix(PREFIX): t for name, t in load_file(two[0] / FILE).items()}
+    save_file(held, two[0] / FILE)
+    combine("lora_concat", two, tmp_path / "out")
+    assert load_file(tmp_path / "out" / FILE).keys() == {f"{PREFIX}{name}" for name in held}
+    combine("lora_concat", two[:1], tmp_path / "same")
+    assert load_file(tmp_path / "same" / FILE).keys() == held.keys()
+
+
 def test_towers_of_one_model_are_not_mixed_up(tmp_path, two):
     SHAPES["vision.layers.0.attn.q_proj"] = SHAPES[Q]
     other = adapter(tmp_path / "vision", {"vision.layers.0.attn.q_proj": 2}, seed=50)
