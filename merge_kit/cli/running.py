@@ -22,7 +22,7 @@ from merge_kit.cli.text import print_json_line
 from merge_kit.core.sizes import format_size
 from merge_kit.errors import InterruptedRun
 from merge_kit.plan.describe import counts_line, plural
-from merge_kit.plan.describe_adapters import residual_table
+from merge_kit.plan.describe_adapters import residual_table, residuals
 from merge_kit.plan.values import Plan
 
 
@@ -102,6 +102,8 @@ def _result(merge: api.Merge) -> dict[str, Any]:
     merged, copied, dropped = merge.plan.counts()
     report = merge.report
     missed = {"missed": extraction_table.as_json(merge)} if _extracts(merge) else {}
+    ranks = {"ranks": {one.key: one.rank for one in merge.plan.ranks}} if merge.plan.ranks else {}
+    found = {one.key: one.relative for one in residuals(report.facts)}
     return {
         "output": str(merge.output),
         "seconds": report.seconds,
@@ -111,6 +113,8 @@ def _result(merge: api.Merge) -> dict[str, Any]:
         "peak_bytes": report.peak_bytes,
         "bytes_read": report.bytes_read,
         "bytes_written": report.bytes_written,
+        **ranks,
+        **({"residuals": found} if found else {}),
         **missed,
     }
 
