@@ -544,6 +544,30 @@ def test_numbers_that_are_not_finite_stop_it(tmp_path, bases):
         assert "q_proj" in refusal(tmp_path, recipe(bases(), tuned, **parameters))
 
 
+# experts -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe"])
+def test_experts_that_files_store_apart_get_one_rank(tmp_path, bases, kind):
+    base = bases(kind)
+    make_base(kind, tmp_path / "tuned", torch.float32, seed=2)
+    done = extracted(base, tmp_path / "tuned", tmp_path / "out", energy=0.9)
+    ranks = {one.rank for one in done.plan.ranks if ".experts." in one.key}
+    assert len(ranks) == 1
+    assert len({one.rank for one in done.plan.ranks}) > 1
+    merged = {"merge_method": "passthrough", "models": [{"model": f"{base}+{tmp_path / 'out'}"}]}
+    merge(merged, tmp_path / "whole")
+    assert same_answers(kind, base, tmp_path / "out", tmp_path / "whole")
+
+
+def test_an_expert_that_is_not_changed_stays_beside_one_that_is(tmp_path, bases):
+    base = bases("qwen3_moe")
+    name = "model.layers.0.mlp.experts.1.up_proj.weight"
+    tuned = edited(base, tmp_path / "tuned", {name: low_rank(2)})
+    extracted(base, tuned, tmp_path / "out", rank=2)
+    assert same_answers("qwen3_moe", base, tmp_path / "out", tuned)
+
+
 # the demo ----------------------------------------------------------------------------------------
 
 

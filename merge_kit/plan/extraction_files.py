@@ -12,7 +12,7 @@ from merge_kit.architecture.vocab import is_tokenizer_file
 from merge_kit.plan.accounts import ingredients
 from merge_kit.plan.adapter_config import Bias, adapter_config_text
 from merge_kit.plan.adapter_made import OutModule
-from merge_kit.plan.extraction_names import short_targets, task_type
+from merge_kit.plan.extraction_names import architecture, short_targets, task_type
 from merge_kit.plan.extraction_pairs import Pair, Pairs
 from merge_kit.plan.extraction_rest import Rest, shown
 from merge_kit.plan.inputs import Inputs
@@ -79,6 +79,12 @@ def _notes(stage: Stage, pairs: Pairs, rest: Rest) -> Iterator[str]:
     assert stage.base_model is not None  # checked
     if base.checkpoint is None or base.overlay is not None:
         yield f"the adapter belongs on what {stage.base_model.text} makes, not on a model of disk"
+    kind = architecture(base.config)
+    if kind and not pairs.naming.renamed and task_type(base.config) is None:
+        yield (
+            f"modules are named as the files of {base.label} name them; a program that calls those "
+            f"of {kind} otherwise will not find them"
+        )
     for pair in pairs.pairs:
         if pair.base is None or pair.tuned is None or pair.name in dropped:
             continue

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from merge_kit.architecture.ties import is_head
@@ -39,6 +40,21 @@ _CORES = {
 _BARE = ("layers.", "embed_tokens.", "decoder.layers.", "decoder.embed_tokens.")
 """How names begin that lack "model."."""
 
+_COMPOSED = (
+    *("aria", "aya_vision", "gemma3", "got_ocr2", "internvl", "llava", "llava_next"),
+    *("llava_next_video", "llava_onevision", "mistral3", "mllama", "paligemma", "vipllava"),
+)
+_OF_COMPOSED = (
+    ("language_model.lm_head.", "lm_head."),
+    ("language_model.model.", "model.language_model."),
+    ("vision_tower.", "model.vision_tower."),
+    ("vision_model.", "model.vision_model."),
+    ("multi_modal_projector.", "model.multi_modal_projector."),
+)
+_VISUAL = ("qwen2_vl", "qwen2_5_vl")
+_OF_VISUAL = (("visual.", "model.visual."), ("model.", "model.language_model."))
+"""How files of models with pictures begin names, by model_type, and how programs do today."""
+
 _TURNED = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp")
 _TURNED_LEAVES = ("c_attn", "c_proj", "c_fc", "q_attn")
 """Modules of these types that store their weights as (in, out)."""
@@ -67,28 +83,43 @@ def task_type(config: Mapping[str, Any] | None) -> str | None:
     return next((task for end, task in TASKS.items() if name.endswith(end)), None)
 
 
-def core_prefix(config: Mapping[str, Any] | None, names: Iterable[str]) -> str:
-    """Return what stands before the names of files that a model without a head has written.
+@dataclass(frozen=True, slots=True)
+class Naming:
+    """How programs name the modules of a model that has files of these names.
 
-    A program that loads such files into a model with a head finds them below one of its modules:
-    "h.0.attn.c_attn.weight" of GPT-2 is "transformer.h.0.attn.c_attn.weight".
+    Attributes:
+        prefix: What stands before names of files that a model without a head has written: what is
+            "h.0.attn.c_attn.weight" there is "transformer.h.0.attn.c_attn.weight" for GPT-2.
+        renamed: How names begin, and how they begin today; the first that fits counts.
     """
+
+    prefix: str = ""
+    renamed: tuple[tuple[str, str], ...] = ()
+
+    def module(self, name: str) -> str:
+        """Return the path of the module that has a tensor."""
+        for old, new in self.renamed:
+            if name.startswith(old):
+                name = new + name.removeprefix(old)
+                break
+        whole = name if not self.prefix or is_head(name) else self.prefix + name
+        return whole.rpartition(".")[0]
+
+
+def naming(config: Mapping[str, Any] | None, names: Iterable[str]) -> Naming:
+    """Return how programs name the modules of a model."""
+    names, kind = list(names), str((config or {}).get("model_type", ""))
+    if kind in _COMPOSED and any(name.startswith("language_model.") for name in names):
+        return Naming(renamed=_OF_COMPOSED)
+    if kind in _VISUAL and any(name.startswith("visual.") for name in names):
+        return Naming(renamed=_OF_VISUAL)
     name = architecture(config)
     bare = name.endswith(("Model", "Encoder")) and not name.endswith("LMHeadModel")
-    if not name or bare:
-        return ""
-    core = _CORES.get(str((config or {}).get("model_type", "")))
-    names = list(names)
-    if any(name.startswith(f"{core or 'model'}.") for name in names):
-        return ""
+    core = _CORES.get(kind)
+    if not name or bare or any(name.startswith(f"{core or 'model'}.") for name in names):
+        return Naming()
     cut = any(name.startswith(_BARE) for name in names)
-    return f"{core}." if core is not None else "model." if cut else ""
-
-
-def module_of(name: str, prefix: str) -> str:
-    """Return the path of the module that has a tensor, as programs see it."""
-    whole = name if not prefix or is_head(name) else prefix + name
-    return whole.rpartition(".")[0]
+    return Naming(f"{core}." if core is not None else "model." if cut else "")
 
 
 def is_expert(module: str) -> bool:

@@ -13,11 +13,11 @@ from merge_kit.io.adapter_values import Kind
 from merge_kit.plan.adapter_names import match_names
 from merge_kit.plan.assemble import tied_embedding
 from merge_kit.plan.extraction_names import (
-    core_prefix,
+    Naming,
     factored_kind,
     is_turned,
     module_now,
-    module_of,
+    naming,
 )
 from merge_kit.plan.models import Held, Model
 
@@ -80,7 +80,7 @@ class Pairs:
     """Matches a model's tensors with its base's.
 
     Attributes:
-        prefix: What programs put before the base's names.
+        naming: How programs name the base's modules.
         errors: What does not fit.
         pairs: In the order of the base's files, what the base lacks at the end.
         theirs: Name in the base -> name in the model.
@@ -89,7 +89,7 @@ class Pairs:
     def __init__(self, base: Model, tuned: Model) -> None:
         self.base, self.tuned = base, tuned
         self.errors: list[MergeKitError] = []
-        self.prefix = core_prefix(base.config, base.tensors)
+        self.naming = naming(base.config, base.tensors)
         self.theirs = self._names()
         self.pairs = tuple(self._pairs())
         self._lacking()
@@ -105,20 +105,20 @@ class Pairs:
     def _pairs(self) -> Iterator[Pair]:
         for name in self.base.tensors:
             yield self._pair(name)
-        taken, prefix = set(self.theirs.values()), self._own_prefix()
+        taken, names = set(self.theirs.values()), self._own_naming()
         for name, held in self.tuned.tensors.items():
             if name not in taken:
                 ours = tied_embedding(self.base, name, held.spec.shape) or ""
                 below = self.base.tensors[ours] if ours else None
-                module = module_now(module_of(name, prefix))
+                module = module_now(names.module(name))
                 yield Pair(name, module, below, held, ours, name)
 
-    def _own_prefix(self) -> str:
-        """Return what programs put before the model's names."""
-        return core_prefix(self.tuned.config or self.base.config, self.tuned.tensors)
+    def _own_naming(self) -> Naming:
+        """Return how programs name the modules of the model."""
+        return naming(self.tuned.config or self.base.config, self.tuned.tensors)
 
     def _pair(self, name: str) -> Pair:
-        base, module = self.base.tensors[name], module_of(name, self.prefix)
+        base, module = self.base.tensors[name], self.naming.module(name)
         theirs = self.theirs.get(name) or self._stand_in(name, base)
         tuned = self.tuned.tensors[theirs] if theirs else None
         kind = factored_kind(name, base.spec)
