@@ -209,6 +209,35 @@ def test_experts_are_summed(tmp_path, method, base_kind):
     assert float((found - answers(both)).abs().max()) <= 1e-4
 
 
+@pytest.mark.parametrize("method", ["lora_svd", "lora_ties", "lora_dare", "lora_knots"])
+def test_experts_in_one_tensor_are_refused_by_what_forms_matrices(tmp_path, method):
+    base, one = make("qwen3_moe", tmp_path)
+    two = make_adapter("qwen3_moe", base, tmp_path / "two", seed=3, **KINDS["qwen3_moe"].config)
+    with pytest.raises(MergeKitError, match="experts.gate_up_proj") as caught:
+        combined(method, [one, two], (1.0, 1.0), tmp_path / "out")
+    assert "lora_concat" in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("targets", [["mlp.experts.down_proj"], ["mlp.experts.gate_up_proj"]])
+def test_experts_that_adapters_target_differently_are_summed_or_refused(tmp_path, targets):
+    base, one = make("qwen3_moe", tmp_path)
+    config = {**KINDS["qwen3_moe"].config, "target_parameters": targets}
+    two = make_adapter("qwen3_moe", base, tmp_path / "two", seed=3, **config)
+    try:
+        combined("lora_concat", [one, two], (1.0, 0.5), tmp_path / "out")
+    except MergeKitError as error:  # peft names factors by how many parameters are targeted
+        assert "target_parameters" in str(error)  # noqa: PT017
+        return
+    models = [
+        {"model": {"model": str(base), "lora": [str(one), {"path": str(two), "weight": 0.5}]}}
+    ]
+    merge({"merge_method": "passthrough", "models": models}, tmp_path / "whole")
+    wanted = answers(load_base("qwen3_moe", tmp_path / "whole"))
+    found = answers(load_adapted("qwen3_moe", base, tmp_path / "out"))
+    assert float((found - wanted).abs().max()) <= 1e-4
+
+
 def test_a_bias_of_some_is_a_bias_of_zero_for_the_others(tmp_path):
     base = make_base("llama_biased", tmp_path / "base")
     configs = [

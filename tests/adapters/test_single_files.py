@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -176,6 +177,28 @@ def test_two_of_kohyas_files_become_one_of_the_same_sum(tmp_path):
     for module, tensor in found.items():
         wanted = parts[0][module] - 0.5 * parts[1].get(module, torch.zeros_like(tensor))
         assert torch.allclose(tensor, wanted, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("method", ["lora_concat", "lora_linear"])
+@pytest.mark.parametrize("style", STYLES)
+def test_what_two_files_become_is_merged_into_the_pipeline(tmp_path, base, style, method):
+    files = [write(tmp_path / name, style) for name in "ab"]
+    lone = "text_model.encoder.layers.0.mlp.fc1" if style != "kohya" else "layers_0_mlp_fc1"
+    held = {n: t for n, t in load_file(files[1]).items() if lone not in n}
+    halved = {n: t / 2 if ("up" in n or "lora_B" in n) else t for n, t in held.items()}
+    with safe_open(files[1], "pt") as file:
+        described = file.metadata()
+    save_file(halved, files[1], metadata=described)
+    models = [
+        {"model": str(f), "parameters": {"weight": w}} for f, w in zip(files, (2, -1), strict=True)
+    ]
+    out = merge({"merge_method": method, "models": models}, tmp_path / "both").output
+    found = merged(base, out, tmp_path / "out")
+    for part, module in MODULES:
+        before = load_file(base / part / WEIGHTS[part])[f"{module}.weight"].double()
+        factor = 2.0 if module.endswith("mlp.fc1") else 1.5
+        wanted = before + factor * change(part, module, STYLES[style][2])
+        assert torch.allclose(found[part][f"{module}.weight"].double(), wanted, atol=1e-5, rtol=0)
 
 
 REFUSED = {
