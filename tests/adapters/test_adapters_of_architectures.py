@@ -21,14 +21,6 @@ KINDS = [kind for kind in models.KINDS if kind not in RENAMED]
 RANK = 3
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def load(kind: str, folder: Path) -> Any:
     more = {"experts_implementation": "eager"} if kind in {"mixtral", "gpt_oss"} else {}
     model = models.KINDS[kind].model.from_pretrained(folder, dtype=torch.float64, **more)

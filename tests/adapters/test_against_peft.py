@@ -33,14 +33,6 @@ UNTIED = frozenset({"tied_head", "tied_embedding"})
 """Kinds that change one of two tied matrices alone: the merge has one tensor more than the base."""
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def on(base, *adapters, weights=()):
     """Return a reference to a base with adapters, each with a weight if there are any."""
     if not weights:
