@@ -530,6 +530,34 @@ def test_what_cannot_be_extracted_is_refused_with_a_reason(tmp_path, bases, adap
     assert "takes 1 model beside the base, found 2" in refusal(tmp_path, two)
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("uses", {"one": [1]}),
+        ("tokenizer_source", "base"),
+        ("tensors", [{"match": "*", "drop": True}]),
+    ],
+)
+def test_keys_of_other_stages_are_refused(tmp_path, bases, key, value):
+    tuned = edited(bases(), tmp_path / "tuned", {QUERY: low_rank(2)})
+    found = refusal(tmp_path, {**recipe(bases(), tuned, rank=2), key: value})
+    assert key in found
+
+
+def test_a_pipeline_is_extracted_folder_by_folder(tmp_path, bases):
+    for name in ("base", "tuned"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model_index.json").write_text('{"unet": ["diffusers", "UNet"]}')
+        shutil.copytree(bases("net"), tmp_path / name / "unet")
+    problem = refusal(tmp_path, recipe(tmp_path / "base", tmp_path / "tuned", rank=2))
+    assert "has components: unet" in problem
+    held = tensors(tmp_path / "tuned/unet")
+    held["wide.weight"] = low_rank(2)(held["wide.weight"])
+    save_file(held, tmp_path / "tuned/unet/model.safetensors")
+    extracted(tmp_path / "base/unet", tmp_path / "tuned/unet", tmp_path / "out", rank=2)
+    assert same_answers("net", bases("net"), tmp_path / "out", tmp_path / "tuned/unet")
+
+
 def test_a_quantised_model_is_refused(tmp_path, bases):
     tuned = edited(bases(), tmp_path / "tuned", {QUERY: low_rank(2)})
     config = json.loads((tuned / "config.json").read_text())

@@ -76,8 +76,8 @@ def _the_one(stage: Stage) -> Entry:
     entries = [entry for entry in stage.models if entry.model != stage.base_model]
     if stage.base_model is None:
         problem = f"{stage.merge_method} needs a base_model"
-    elif stage.slices or stage.modules or stage.tensors:
-        problem = f"{stage.merge_method} takes models, and no slices, modules or rules over tensors"
+    elif odd := _odd_keys(stage):
+        problem = f"{stage.merge_method} takes models, and no {odd}"
     elif len(stage.models) == 1 and not entries:
         problem = f"the model is its own base: {stage.base_model.text}"
     elif len(entries) != 1:
@@ -86,6 +86,18 @@ def _the_one(stage: Stage) -> Entry:
         return entries[0]
     hint = "name the base under base_model, and one model under models"
     raise PlanError(problem, where=str(stage.mark), hint=hint)
+
+
+def _odd_keys(stage: Stage) -> str:
+    """Return the first key that makes no sense here, "" if there is none."""
+    keys = {
+        "slices": stage.slices,
+        "modules": stage.modules,
+        "tensors": stage.tensors,
+        "uses": stage.uses,
+        "tokenizer_source": stage.tokenizer,
+    }
+    return next((key for key, value in keys.items() if value), "")
 
 
 def _nothing(stage: Stage, base: Model, tuned: Model, *, left_out: bool) -> PlanError:
@@ -98,10 +110,10 @@ def _nothing(stage: Stage, base: Model, tuned: Model, *, left_out: bool) -> Plan
 def _check_models(stage: Stage, base: Model, tuned: Model, findings: Findings) -> None:
     for model in (base, tuned):
         folders = sorted({held.component for held in model.tensors.values()})
-        if len(folders) > 1:
+        if folders != [""]:
             findings.problem(
                 PlanError(
-                    f"{model.label} has several components: {', '.join(f or '.' for f in folders)}",
+                    f"{model.label} has components: {', '.join(f or '.' for f in folders)}",
                     where=str(stage.mark),
                     hint="name the folder of one of them, in the model and in its base",
                 )
