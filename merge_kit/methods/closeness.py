@@ -85,7 +85,9 @@ def directions(b: Tensor, a: Tensor, scale: float, *, where: str) -> Directions:
     out_basis, out_rest = torch.linalg.qr(b)
     in_basis, in_rest = torch.linalg.qr(a.mT)
     left, values, right = torch.linalg.svd((out_rest @ in_rest.mT) * scale, full_matrices=False)
-    size = torch.linalg.matrix_norm(out_rest) * torch.linalg.matrix_norm(in_rest) * abs(scale)
+    # a column of b may be as large as the row of a that it meets is small: QR rounds each by itself
+    lengths = torch.linalg.vector_norm(b, dim=1) * torch.linalg.vector_norm(a, dim=2)
+    size = lengths.sum(dim=1) * abs(scale)
     noise = EPSILON * max(b.shape[1], a.shape[2]) * size  # (blocks,)
     kept = values > noise.unsqueeze(1)
     return Directions(out_basis @ left, values * kept, right @ in_basis.mT)

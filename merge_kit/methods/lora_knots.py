@@ -131,11 +131,12 @@ class LoraKnots(Truncating):
             chosen: Places of the changes among those of the module.
             weights: One a row, none of them 0.
         """
-        for row, i in zip(rows, chosen, strict=True):
+        name = slab.name.rpartition("/")[2]  # the same noise in whatever folder the adapter goes
+        for place, (row, i) in enumerate(zip(rows, chosen, strict=True)):
             if self.merging == "ties":
                 aligned.keep_largest(row, self.density[i])
             else:
-                dropping.drop(row, self.density[i], (slab.seed, "knots", i, slab.name), 0)
+                dropping.drop(row, self.density[i], (slab.seed, "knots", place, name), 0)
         base, share = rows.new_zeros(rows.shape[1]), self.normalize
         return consensus.voted(rows, weights, weights, base, self.lambda_, normalize=share)
 

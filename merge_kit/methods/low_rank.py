@@ -113,7 +113,7 @@ def rank_of(values: Tensor, rank: int | None, energy: float | None) -> int:
         return most
     squares = (values / values[0]).square().flip(0).cumsum(0).flip(0)  # of this and later values
     missing = 0.0 if energy == 1 else 1 - energy + 2.0**-50  # a share that is met is met
-    return min(most, int((squares > missing * squares[0]).sum()))
+    return min(most, max(1, int((squares > missing * squares[0]).sum())))  # no share is nothing
 
 
 def split(change: Change, parts: Parts, rank: int) -> tuple[Tensor, Tensor]:

@@ -56,6 +56,17 @@ def test_a_rank_that_the_factors_only_promise_is_not_counted():
     assert (both.dot, both.left, both.right, both.least) == (0.0, 0.0, 0.0, 0)
 
 
+@pytest.mark.parametrize("spread", [1e8, 1e15])
+def test_columns_that_are_as_large_as_rows_are_small_lose_nothing(spread):
+    b, a = draw(0, 1, 20, 3), draw(1, 1, 3, 30)
+    sizes = torch.tensor([spread, 1.0, 1 / spread], dtype=torch.float64)
+    one, other = found(b * sizes, a / sizes[:, None]), found(b, a)
+    assert one.ranks == other.ranks == (3,)
+    both = products(one, other)
+    assert both.dot == pytest.approx(other.square, rel=1e-12)
+    assert both.left == pytest.approx(3.0)
+
+
 def test_ranks_may_be_larger_than_the_matrix():
     b, a = draw(0, 1, 2, 6), draw(1, 1, 6, 5)
     one = found(b, a)

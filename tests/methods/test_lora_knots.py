@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -61,6 +63,17 @@ def test_dare_drops_elements_of_aligned_changes_by_the_noise_of_their_place():
     wanted = found.left @ ties(kept, WEIGHTS, [1.0] * 3)
     ((a, b),) = made(knots_of(0.5, merging="dare_ties"), slab)
     assert close(b @ a, wanted, size(pairs))
+
+
+def test_an_adapter_is_pruned_alike_alone_and_among_several_that_are_made():
+    """Neither the folder of the first one nor adapters that do not count have a say."""
+    pairs, weights = three((40, 30)), (0.0, -2.0, 1.25)
+    both = replace(factor_slab(pairs, WEIGHTS + weights, (15, 11)), name="first/q.lora_A.weight")
+    alone = replace(factor_slab(pairs[1:], weights[1:], (11,)), name="q.lora_A.weight")
+    _, (a, b) = made(knots_of(0.5, merging="dare_ties"), both)
+    two = LoraKnots(weight=PerModel(weights[1:]), density=PerModel([0.5] * 2), merging="dare_ties")
+    ((c, d),) = made(two, alone)
+    assert close(b @ a, d @ c, size(pairs))
 
 
 def test_changes_are_put_together_again_from_their_aligned_parts():

@@ -100,7 +100,8 @@ def test_the_residual_is_that_of_the_rounded_factors(dtype, rank):
 
 
 @pytest.mark.parametrize(
-    ("energy", "rank"), [(0.5, 1), (0.9, 1), (0.91, 2), (0.989, 2), (0.999, 3), (1.0, 3)]
+    ("energy", "rank"),
+    [(1e-17, 1), (0.5, 1), (0.9, 1), (0.91, 2), (0.989, 2), (0.999, 3), (1.0, 3)],
 )
 def test_energy_is_a_share_of_the_squares(energy, rank):
     """9, 0.9 and 0.1 of 10."""
