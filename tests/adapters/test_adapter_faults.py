@@ -166,6 +166,20 @@ def test_row_20_a_pickled_adapter_is_refused_unopened(bench):
     assert (bench / "canary").exists()  # it would have sung
 
 
+def test_row_20_the_way_that_the_hint_names_leads_to_an_adapter(bench):
+    wanted = bench.run()
+    assert wanted.code == 0, wanted.err
+    merged = (bench / "out/model.safetensors").read_bytes()
+    torch.save(load_file(bench / "one" / WEIGHTS), bench / "one/adapter_model.bin")
+    (bench / "one" / WEIGHTS).unlink()
+    assert bench.run("--overwrite").code == 3
+    assert bench.do("convert", "one", "-o", "converted").code == 0
+    bench.recipe(MERGE.replace("one", "converted"))
+    done = bench.run("--overwrite")
+    assert done.code == 0, done.err
+    assert (bench / "out/model.safetensors").read_bytes() == merged
+
+
 def test_an_adapter_without_weights_is_refused(bench):
     (bench / "one" / WEIGHTS).unlink()
     refused_both(bench, 3, "one")
