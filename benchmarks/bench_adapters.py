@@ -13,6 +13,7 @@ defaults.
 from __future__ import annotations
 
 import argparse
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -83,13 +84,21 @@ class AdapterPrograms(Programs):
         }
         peer, peft, inputs = self.peer, self.peft, (self.inputs or {}).get(name)
         if peer and name in INTO:
-            cache = recipe.with_suffix(".cache")
-            shown["peer"] = lambda: finish([peer, recipe, out, "--lora-merge-cache", cache])
+            shown["peer"] = lambda: _peer(peer, recipe, out)
         if peft and inputs:
             script = Path(__file__).parent / "peft_peer.py"
             task = name.partition("-")[0]
             shown["peer, best"] = lambda: finish([peft, script, task, out, *inputs])
         return shown
+
+
+def _peer(peer: Path, recipe: Path, out: Path) -> Finished:
+    """Run the peer, which keeps merged models for the next run: it shall find none."""
+    cache = recipe.with_suffix(".cache")
+    shutil.rmtree(cache, ignore_errors=True)
+    taken = finish([peer, recipe, out, "--lora-merge-cache", cache])
+    shutil.rmtree(cache)
+    return taken
 
 
 def arguments() -> argparse.Namespace:
