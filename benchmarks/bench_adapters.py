@@ -119,8 +119,8 @@ def arguments() -> argparse.Namespace:
 def make_inputs(folder: Path, size: str) -> dict[str, tuple[Path, ...]]:
     """Make model and adapters if they are missing; return what peft needs, by recipe."""
     maker = Path(__file__).parent / "make_models.py"
-    command = [sys.executable, maker, folder / size, "--size", size, "--only", "base"]
-    subprocess.run(command, check=True)
+    words = [sys.executable, maker, folder / size, "--size", size, "--only", "base"]
+    subprocess.run([str(word) for word in words], check=True)
     small, large = (
         make_adapter(folder / size, f"adapter-{rank}", size, rank, rank) for rank in (16, 64)
     )
