@@ -405,6 +405,53 @@ def test_a_base_without_the_prefix_of_its_class_is_named_as_peft_sees_it(tmp_pat
     assert same_answers("gpt2", whole, tmp_path / "out", tuned)
 
 
+def handmade(folder, config, **held):
+    folder.mkdir()
+    save_file(held, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_buffers_that_only_old_files_have_are_dropped_by_name(tmp_path):
+    config = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}
+    old = {"h.0.attn.c_attn.weight": torch.eye(4), "h.0.attn.bias": torch.ones(1, 1, 4, 4)}
+    new = {"transformer.h.0.attn.c_attn.weight": 2 * torch.eye(4)}
+    base = handmade(tmp_path / "base", config, **old)
+    done = extracted(base, handmade(tmp_path / "tuned", config, **new), tmp_path / "out", rank=1)
+    assert dropped(done, "input-2") == {"h.0.attn.bias": "programs compute it"}
+    assert [one.key for one in done.plan.ranks] == ["transformer.h.0.attn.c_attn"]
+
+
+def test_an_embedding_that_two_sides_share_cannot_be_saved(tmp_path):
+    architecture = ["T5ForConditionalGeneration"]
+    config = {"model_type": "t5", "architectures": architecture, "is_encoder_decoder": True}
+    held = {"shared.weight": torch.ones(6, 4), "encoder.block.0.wi.weight": torch.eye(4)}
+    base = handmade(tmp_path / "base", config, **held)
+    tuned = handmade(tmp_path / "tuned", config, **{k: 2 * v for k, v in held.items()})
+    with pytest.raises(MismatchError, match=r"shared\.weight is changed, and no adapter of peft"):
+        extracted(base, tuned, tmp_path / "out", rank=1)
+    done = extracted(base, tuned, tmp_path / "out", rank=1, rest="drop")
+    assert any("a program that calls those of T5" in note for note in done.plan.notes)
+
+
+def test_a_head_of_its_own_may_leave_a_tied_base_and_join_an_untied_one(tmp_path):
+    untied = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
+    untied["tie_word_embeddings"] = False
+    tied = {**untied, "tie_word_embeddings": True}
+    embedding, head = torch.ones(6, 4), torch.full((6, 4), 3.0)
+    one = {"model.embed_tokens.weight": embedding, "model.layers.0.up.weight": torch.eye(4)}
+    two = {**one, "lm_head.weight": head}
+    a = handmade(tmp_path / "tied", tied, **one)
+    b = handmade(tmp_path / "untied", untied, **two)
+    extracted(a, b, tmp_path / "leaves", rank=1)
+    stored = tensors(tmp_path / "leaves")
+    assert list(stored) == ["base_model.model.lm_head.weight"]
+    assert torch.equal(stored["base_model.model.lm_head.weight"], head)
+    extracted(b, a, tmp_path / "joins", rank=1)
+    stored = tensors(tmp_path / "joins")
+    assert torch.equal(stored["base_model.model.lm_head.weight"], embedding)
+
+
 def test_the_config_names_the_base_and_no_place_of_this_machine(tmp_path, bases, monkeypatch):
     tuned = edited(bases(), tmp_path / "tuned", {QUERY: low_rank(2)})
     extracted(bases(), tuned, tmp_path / "out", rank=2)

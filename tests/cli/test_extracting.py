@@ -106,6 +106,16 @@ def test_a_recipe_with_the_method_prints_the_same_table(do, place):
     assert (place / "out/adapter_model.safetensors").read_bytes() == first
 
 
+def test_without_factors_there_is_no_table(do, place):
+    save_file(
+        {name: torch.zeros(4, 6) for name in DIAGONALS} | {"model.norm.weight": torch.zeros(6)},
+        place / "tuned/model.safetensors",
+    )
+    printed = do(*WORDS, "--rank", "1")
+    assert "missed" not in printed
+    assert "copied 1" in printed
+
+
 def test_options_reach_the_adapter(do, place):
     do(*WORDS, "--rank", "1", "--rest", "drop", "--dtype", "float16", "--threads", "1")
     found = load_file(place / "out/adapter_model.safetensors")

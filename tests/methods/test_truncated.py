@@ -202,6 +202,16 @@ def test_a_space_that_has_grown_large_goes_on_from_its_best(monkeypatch, kind):
     assert max(sizes) < RANK + 40
 
 
+def test_bills_grow_with_the_rank_and_hold_a_whole_decomposition():
+    few, more, many = (module.scratch_bytes(2048, 8192, rank) for rank in (8, 64, 1024))
+    assert few < more < many
+    assert module.flops(2048, 8192, 8) < module.flops(2048, 8192, 64)
+    assert many >= 8 * 4 * 2048**2
+    assert module.spectrum_bytes(2048, 8192) >= 8 * 3 * 2048**2
+    assert module.scratch_bytes(8192, 2048, 8) == few
+    assert module.spectrum_flops(2048, 2048) < module.spectrum_flops(2048, 8192)
+
+
 def test_a_decomposition_that_fails_names_the_tensor(monkeypatch):
     def fail(*args, **kwargs):
         raise torch.linalg.LinAlgError("did not converge")
