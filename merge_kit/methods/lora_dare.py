@@ -20,8 +20,9 @@ class LoraDare(Compressing):
 
     The change of each module is formed, (outputs, inputs), and merged by `dare_linear`, or with
     ties by `dare_ties`, with these parameters, as if the adapters had been merged into the base
-    first: the same elements are kept, by the seed and the name of the base's tensor. What is kept
-    at random has full rank, whatever the ranks of the changes: what the result misses of D is
+    first. The same elements are kept, by the seed and the name of the tensor, where the adapters
+    name it (and lay it, fan_in_fan_out) as the base does; other names draw other elements. What is
+    kept at random has full rank, whatever the ranks of the changes: what the result misses of D is
     reported for each module. The factors have numbers of one size, and the scale 1. A module that
     some adapters lack is a change of zeros for them.
 

@@ -32,7 +32,10 @@ class LoraKnots(Truncating):
     formed: out has at most R directions, the sum of the ranks, and with no rank or energy it is
     kept whole. The factors have numbers of one size, and the scale 1. Adapters of weight 0, and
     those that lack a module, take no part in it. Singular values below 2^-24 of the length of all
-    changes are rounding of float32.
+    changes are rounding of float32. Of equal singular values the directions are a choice, and what
+    is trimmed, dropped or voted on hangs on it; so does a vote of aligned changes that cancel.
+    Which elements dare_ties keeps depends on the seed, the name of the module's a, and the position
+    among the adapters that take part.
 
     Scope: each module by itself. Vote: by the weighted sum. Normalisation: by the weights of those
     that agree; without it they are summed.
