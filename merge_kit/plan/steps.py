@@ -109,8 +109,8 @@ class StepMaker:
         out = self._out_dtype(dtypes)
         shape = _held(item.parts[0]).spec.shape
         sources = [_source(part) for part in item.parts]
-        kinds = {source.dtype for source in sources}
-        wide = "F64" in (out, *kinds) or len(sources) > FLOAT64_MODELS or _is_extreme(method)
+        is_wide = out == "F64" or any(_reads_float64(source) for source in sources)
+        wide = is_wide or len(sources) > FLOAT64_MODELS or _is_extreme(method)
         spec = TensorSpec(_held(item.parts[0]).spec.name, out, shape)
         spec = replace(spec, name=_file_name(item))
         given, deltas = _inputs(method, base, inputs)
@@ -129,7 +129,7 @@ class StepMaker:
             seed=self.seed,
             note=item.note,
         )
-        between: Literal["F32", "F64"] = "F64" if "F64" in (out, *kinds) else "F32"
+        between: Literal["F32", "F64"] = "F64" if is_wide else "F32"
         merged = Merged(step, self.stage.out_dtype or self.stage.dtype or between, shape)
         return Made(item, Held(item.component, spec, merged), step, "merged", item.parts)
 
@@ -229,8 +229,14 @@ def _through(step: Step, source: Source) -> Step:
         exact = source.dtype in (step.outputs[0].spec.dtype, inner.compute)  # no rounding between
         if same_name and exact:
             return replace(inner, outputs=step.outputs, note=step.note or inner.note)
-    wide: Literal["F32", "F64"] = "F64" if source.dtype == "F64" else "F32"
+    is_wide = step.outputs[0].spec.dtype == "F64" or _reads_float64(source)
+    wide: Literal["F32", "F64"] = "F64" if is_wide else "F32"
     return replace(step, action="merge", method=Passthrough(), compute=wide, weights=(1.0,))
+
+
+def _reads_float64(source: Source) -> bool:
+    """Return whether a source, or a factor of what is added to it, is in float64."""
+    return source.dtype == "F64" or any(_reads_float64(part) for part in source_parts(source))
 
 
 def _held(part: Part) -> Held:
