@@ -54,7 +54,8 @@ def adapter_config_text(  # noqa: PLR0913  (every one has a name)
         revision: The base's revision; "" keeps the template's.
         targets: Ends of names that choose the modules, and no others of the base; where that is not
             known, or not all modules are among them, they are chosen by their full names.
-        parameters: Such ends of the names of experts' parameters.
+        parameters: Such ends of the names of parameters (target_parameters): of experts, and of
+            weights, whose modules are then not chosen as modules.
         saved_modules: modules_to_save.
         tokens: Rows of embeddings that are kept whole, by the embedding's path.
         bias: Which biases of the base the adapter holds whole.
@@ -84,30 +85,45 @@ def _values(
     modules: Sequence[OutModule], targets: Sequence[str] | None, parameters: Sequence[str] | None
 ) -> dict[str, Any]:
     """Return the keys that say what the modules are."""
-    experts = [one for one in modules if one.kind == "experts"]
-    named = [one.module for one in experts]
-    alphas = {one.module: _alpha(one) for one in modules}
-    # peft warns of patterns for experts, which it does not count as modules
-    rank = _most_common([one.rank for one in experts or modules], 1)
-    alpha = _most_common([alphas[one.module] for one in experts or modules], rank)
+    paths = [_path(one, set(parameters or ())) for one in modules]
+    alphas = [_alpha(one) for one in modules]
+    wrapped = [i for i, one in enumerate(modules) if _is_experts(one) or paths[i] != one.module]
+    named, chosen = [paths[i] for i in wrapped], set(wrapped)
+    others = [one.module for i, one in enumerate(modules) if i not in chosen]
+    # peft warns of patterns for parameters, which it does not count as modules
+    deciding = wrapped or range(len(modules))
+    rank = _most_common([modules[i].rank for i in deciding], 1)
+    alpha = _most_common([alphas[i] for i in deciding], rank)
+    ranks = zip(paths, [one.rank for one in modules], strict=True)
     values: dict[str, Any] = {
         "r": rank,
         "lora_alpha": alpha,
-        "rank_pattern": {_exact(m.module): m.rank for m in modules if m.rank != rank},
-        "alpha_pattern": {_exact(name): a for name, a in alphas.items() if a != alpha},
+        "rank_pattern": {_exact(path): r for path, r in ranks if r != rank},
+        "alpha_pattern": {_exact(p): a for p, a in zip(paths, alphas, strict=True) if a != alpha},
         "use_rslora": False,
         "use_dora": any(one.magnitude for one in modules),
         "lora_bias": any(one.bias for one in modules),
         "init_lora_weights": True,
-        "target_modules": _targets(modules, targets),
+        "target_modules": _targets(others, targets) if modules else NOTHING,
         "target_parameters": (list(parameters or ()) if _choose(named, parameters) else named)
         or None,
         "loftq_config": {},
     }
     values |= dict.fromkeys((*_RESET, *_INITS))
-    if experts:
-        values["lora_dropout"] = 0.0  # peft refuses any other for experts
+    if named:
+        values["lora_dropout"] = 0.0  # peft refuses any other for parameters
     return values
+
+
+def _path(module: OutModule, parameters: set[str]) -> str:
+    """Return what peft calls a module: by its weight, where that is chosen as a parameter."""
+    weight = f"{module.module}.weight"
+    is_parameter = not _is_experts(module) and _is_among(weight, parameters)
+    return weight if is_parameter else module.module
+
+
+def _is_experts(module: OutModule) -> bool:
+    return module.kind == "experts"
 
 
 def _most_common(values: Sequence[Any], default: Any) -> Any:
@@ -126,10 +142,9 @@ def _exact(name: str) -> str:
     return f"^{re.escape(name)}"
 
 
-def _targets(modules: Sequence[OutModule], targets: Sequence[str] | None) -> list[str] | str:
-    names = [one.module for one in modules if one.kind != "experts"]
+def _targets(names: list[str], targets: Sequence[str] | None) -> list[str] | str:
     if not names:
-        return [] if modules else NOTHING
+        return []
     if _choose(names, targets):
         return list(targets or ())
     if min(name.count(".") for name in names) < _SAFE_DOTS:

@@ -181,3 +181,14 @@ def test_experts_alone_target_no_module(tmp_path):
     text = adapter_config_text(None, [module("experts.up", 4, 0.5, kind="experts")])
     _, found = loaded(text, tmp_path)
     assert found == {"experts": (4, 0.5)}
+
+
+def test_a_weight_that_is_chosen_as_a_parameter_is_no_module(tmp_path):
+    modules = [module("head", 2, 1.0), module("layers.0.q", 4, 0.5)]
+    text = adapter_config_text(None, modules, parameters=["head.weight"])
+    config = json.loads(text)
+    assert config["target_parameters"] == ["head.weight"]
+    assert "head" not in config["target_modules"]
+    model, found = loaded(text, tmp_path)
+    assert found == {"head": (2, 1.0), "layers.0.q": (4, 0.5)}
+    assert type(model.base_model.model.head).__name__ == "ParamWrapper"
