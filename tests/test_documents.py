@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
+from tests.api.low_rank import Q, factors, write_adapter
 from tests.toys import toy
 
 ROOT = Path(__file__).parent.parent
@@ -52,6 +53,8 @@ def test_the_examples_of_methods_run_and_pass_their_test(tmp_path):
 def test_the_recipe_of_the_readme_merges_in_the_shell_and_in_python(tmp_path):
     for name, value in (("base", 1.0), ("code", 2.0), ("math", 4.0)):
         toy(tmp_path / "models" / name, value, dtype=torch.bfloat16)
+    for name in ("a", "b"):
+        write_adapter(tmp_path / "adapters" / name, factors(1, Q))
     (tmp_path / "soup.yaml").write_text(blocks("README.md", "yaml")[0], encoding="utf-8")
     printed = run("-m", "merge_kit", "run", "soup.yaml", "-o", "merged/shell", folder=tmp_path)
     assert "merged 18, copied 0, dropped 0 tensors" in printed

@@ -289,7 +289,6 @@ RECIPES = {
     "19 nan": (RECIPE.replace("0.5", ".nan", 1), [":3:37: ", "finite"]),
     "19 infinite": (RECIPE.replace("0.5", "1e999", 1), [":3:37: ", "finite"]),
     "19 empty list": ("merge_method: linear\nmodels: []\n", [":1:1: ", "models"]),
-    "adapter": (RECIPE.replace("model: b", "model: b+a"), [":4:13: ", "'b+a' names an adapter"]),
 }
 
 

@@ -6,11 +6,11 @@ import torch
 
 from merge_kit.core.tensors import BLOCK
 from merge_kit.engine.kernel import Kernel, NotFinite
-from merge_kit.engine.rounding import nonfinite, round_into
 from merge_kit.engine.statistics import slabs, step_elements
 from merge_kit.engine.workspace import Workspace
 from merge_kit.errors import NonFiniteError
 from merge_kit.io.torch_dtypes import torch_dtype
+from merge_kit.methods.rounding import nonfinite, round_into
 from merge_kit.plan.sources import Source, elements
 from merge_kit.plan.values import Step
 

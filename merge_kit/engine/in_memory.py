@@ -19,7 +19,6 @@ from merge_kit.core.tensors import TensorSpec
 from merge_kit.engine.diagnose import not_finite
 from merge_kit.engine.kernel import Kernel, NotFinite
 from merge_kit.engine.pool import Pool, Task
-from merge_kit.engine.rounding import nonfinite, round_into
 from merge_kit.engine.statistics import (
     Gathered,
     InOrder,
@@ -38,6 +37,7 @@ from merge_kit.io.torch_dtypes import torch_dtype
 from merge_kit.io.values import WeightFile
 from merge_kit.io.writer import Writer
 from merge_kit.methods.reductions import CHUNK
+from merge_kit.methods.rounding import nonfinite, round_into
 from merge_kit.plan.sources import Memory, Source, Stored
 from merge_kit.plan.values import Shard, Step, Target
 from merge_kit.plan.whole_model import Group, group_of, groups, model_scans

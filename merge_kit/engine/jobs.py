@@ -14,12 +14,12 @@ from merge_kit.engine.diagnose import not_finite
 from merge_kit.engine.journal import FOLDER, Finished
 from merge_kit.engine.kernel import Kernel, NotFinite
 from merge_kit.engine.pool import Task
-from merge_kit.engine.rounding import round_into
 from merge_kit.engine.state import RunState
 from merge_kit.engine.statistics import InOrder, Passes, chunks, gather, ranges, slabs
 from merge_kit.engine.workspace import Workspace
 from merge_kit.io.torch_dtypes import torch_dtype
 from merge_kit.methods.reductions import CHUNK
+from merge_kit.methods.rounding import round_into
 from merge_kit.plan.sources import Merged, Stored
 from merge_kit.plan.values import Step
 from merge_kit.plan.walk import merged_sources

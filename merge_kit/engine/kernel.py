@@ -11,11 +11,11 @@ from torch import Tensor
 
 from merge_kit.core.tensors import BLOCK, numel
 from merge_kit.engine.operands import Operands
-from merge_kit.engine.rounding import nonfinite, round_into
 from merge_kit.engine.workspace import ALIGN, Workspace
 from merge_kit.io.reader import Reader
 from merge_kit.io.torch_dtypes import torch_dtype
 from merge_kit.methods.base import Scans, Slab, Yield
+from merge_kit.methods.rounding import nonfinite, round_into
 from merge_kit.plan.sources import Merged, elements
 from merge_kit.plan.values import Step
 from merge_kit.plan.walk import is_whole_aux, operand_shape

@@ -16,11 +16,11 @@ from merge_kit.core.tensors import BLOCK, nbytes
 from merge_kit.engine.journal import Journal
 from merge_kit.engine.kernel import NotFinite
 from merge_kit.engine.progress import Progress
-from merge_kit.engine.rounding import nonfinite, round_into
 from merge_kit.engine.workspace import Workspace
 from merge_kit.io.reader import Reader
 from merge_kit.io.torch_dtypes import torch_dtype
 from merge_kit.io.writer import Writer
+from merge_kit.methods.rounding import nonfinite, round_into
 from merge_kit.plan.values import Plan, Target
 
 

@@ -10,6 +10,7 @@ from merge_kit.core.dtypes import DTYPES
 from merge_kit.methods.base import Yield
 from merge_kit.methods.lazy import torch
 from merge_kit.methods.low_rank import Change, decompose, length, rank_of, spanned, split
+from merge_kit.methods.rounding import round_into
 from merge_kit.methods.updates import Spectrum, Work
 
 if TYPE_CHECKING:
@@ -99,8 +100,9 @@ def finite(facts: dict[str, float]) -> dict[str, float]:
 
 def rounded(factor: Tensor, dtype: str) -> Tensor:
     """Return a factor as a dtype holds it, in float64."""
-    held: Tensor = factor.to(getattr(torch, DTYPES[dtype].torch_name)).double()
-    return held
+    held = torch.empty(factor.shape, dtype=getattr(torch, DTYPES[dtype].torch_name))
+    round_into(factor, held)
+    return held.double()
 
 
 def _inside(basis: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:

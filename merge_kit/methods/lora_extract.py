@@ -23,11 +23,11 @@ class LoraExtract(AdapterMethod):
 
     U_r, S_r and V_r are the r largest singular values of a matrix with their vectors: of all
     adapters of this rank, the closest. Few values of a large matrix are found with a random start
-    (the same in every run), and what they miss is at most 1.001 times what the closest misses. It
-    is reported for each matrix, with the rounding of A and B to their dtype. The scale of the
-    result is 1. Matrices of linear layers and convolutions are factored; those that are not changed
-    are left out. What has no low rank (norms, biases, embeddings, the head, rows of new tokens) and
-    is changed goes the way that `rest` says.
+    (the same in every run), and what they miss is at most 1.001 times what the closest misses, and
+    1e-6 of the norm of D. It is reported for each matrix, with the rounding of A and B to their
+    dtype. The scale of the result is 1. Matrices of linear layers and convolutions are factored;
+    those that are not changed are left out. What has no low rank (norms, biases, embeddings, the
+    head, rows of new tokens) and is changed goes the way that `rest` says.
 
     Scope: each matrix by itself. Vote: none. Normalisation: none.
 

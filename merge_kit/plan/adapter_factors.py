@@ -41,12 +41,22 @@ def is_exact(factor: float) -> bool:
     return abs(frexp(factor)[0]) == 0.5
 
 
-def stacked_a(updates: Sequence[Update]) -> Source:
-    """Return the a of updates one below the other, expert by expert for experts."""
+def halved(ratio: float) -> tuple[float, float]:
+    """Return a power of two for a, and what is left of a ratio below 1 for b.
+
+    float16 has few numbers near 0, so that a small ratio in one factor alone would cost digits.
+    """
+    share = 2.0 ** (frexp(ratio)[1] // 2) if ratio else 1.0
+    return share, ratio / share
+
+
+def stacked_a(updates: Sequence[Update], factors: Sequence[float]) -> Source:
+    """Return the a of updates one below the other, each times a factor, expert by expert."""
     first = updates[0]
+    scaled_ones = [scaled(stored(u.a), f) for u, f in zip(updates, factors, strict=True)]
     if len(updates) == 1:
-        return stored(first.a)
-    joined = Concat(tuple(stored(update.a) for update in updates))
+        return scaled_ones[0]
+    joined = Concat(tuple(scaled_ones))
     return Rows(joined, _expert_rows(updates)) if first.experts > 1 else joined
 
 
@@ -81,13 +91,13 @@ def factor_pair(update: Update, *, splits: bool) -> tuple[Source, Source]:
     """Return a and b as matrices with the scale in b, or its root in both.
 
     Args:
-        splits: Whether both take the root of the scale.
+        splits: Whether both take the root of the scale, and a its sign, as in peft.
     """
     a, b = matrix(stored(update.a)), matrix(stored(update.b))
     if not splits:
         return a, scaled(b, update.scale)
     root = sqrt(abs(update.scale))
-    return scaled(a, root), scaled(b, -root if update.scale < 0 else root)
+    return scaled(a, -root if update.scale < 0 else root), scaled(b, root)
 
 
 def formed(update: Update) -> LowRank:

@@ -9,7 +9,7 @@ from typing import Literal
 from merge_kit.core.dtypes import promoted
 from merge_kit.core.tensors import StoredTensor, TensorSpec
 from merge_kit.methods.passthrough import Passthrough
-from merge_kit.plan.adapter_factors import is_exact, scaled, stacked_a, stacked_b, stored
+from merge_kit.plan.adapter_factors import halved, is_exact, scaled, stacked_a, stacked_b, stored
 from merge_kit.plan.adapter_ledger import Ledger
 from merge_kit.plan.adapter_made import OutModule
 from merge_kit.plan.adapter_names_out import TensorNames, module_names
@@ -109,9 +109,12 @@ class Modules:
         # a product in float32 is rounded once more, which shows only where the output is as fine
         fine = (self.dtype or b) in ("F32", "F64") and not all(is_exact(r) for r in ratios)
         compute: Compute = "F64" if fine else "F32"
-        self.add(self.passed(folder, names.a, stacked_a(updates), label, dtype=a))
-        both = stacked_b(updates, ratios)
-        self.add(self.passed(folder, names.b, both, label, dtype=b, compute=compute))
+        split = "F16" in (self.dtype or a, self.dtype or b)
+        pairs = [halved(r) if split and abs(r) < 1 else (1.0, r) for r in ratios]
+        above = stacked_a(updates, [one for one, _ in pairs])
+        self.add(self.passed(folder, names.a, above, label, dtype=a))
+        beside = stacked_b(updates, [other for _, other in pairs])
+        self.add(self.passed(folder, names.b, beside, label, dtype=b, compute=compute))
 
     def bias(
         self, one: Combination, names: TensorNames, terms: Sequence[Term], scale: float

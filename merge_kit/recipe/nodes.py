@@ -136,13 +136,19 @@ def from_python(value: object, source: str, path: Path = ()) -> Node:
         return Node(None, mark, path, mark)
     if isinstance(value, int) and abs(value) > MAX_WHOLE:
         raise RecipeError("found an integer of more than 64 bits", where=str(mark))
-    if isinstance(value, str | bool | int | float):
+    if isinstance(value, bool):
         return Node(value, mark, path, mark)
+    for kind in (str, int, float):
+        if isinstance(value, kind):
+            return Node(kind(value), mark, path, mark)  # what numpy and enums make of them, too
     if isinstance(value, list | tuple):
         items = tuple(from_python(v, source, (*path, i)) for i, v in enumerate(value))
         return Node(items, mark, path, mark)
     if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
         entries = {k: from_python(v, source, (*path, k)) for k, v in value.items()}
         return Node(entries, mark, path, mark)
-    kind, expected = type(value).__name__, "text, numbers, bools, lists and mappings with text keys"
-    raise RecipeError(f"found a value of type {kind}, expected {expected}", where=str(mark))
+    found, expected = (
+        type(value).__name__,
+        "text, numbers, bools, lists and mappings with text keys",
+    )
+    raise RecipeError(f"found a value of type {found}, expected {expected}", where=str(mark))

@@ -19,7 +19,6 @@ from safetensors.torch import load_file
 
 from merge_kit.core.tensors import BLOCK
 from merge_kit.engine import pool
-from merge_kit.engine.rounding import round_into
 from merge_kit.engine.run import run_plan
 from merge_kit.errors import (
     CheckpointError,
@@ -31,6 +30,7 @@ from merge_kit.errors import (
 from merge_kit.methods.base import PerModel
 from merge_kit.methods.linear import Linear
 from merge_kit.methods.passthrough import Passthrough
+from merge_kit.methods.rounding import round_into
 from merge_kit.plan.values import Step
 from tests.engine.handmade import plan, plan_input, run, step, stored
 

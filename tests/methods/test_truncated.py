@@ -183,6 +183,16 @@ def test_the_rank_of_an_energy_by_hand(energy, rank):
     assert rank_of_energy(values, energy) == rank
 
 
+def test_a_share_that_is_met_exactly_takes_no_rank_more():
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(300):
+        values = torch.rand(12, dtype=torch.float64, generator=generator).sort(descending=True)[0]
+        squares = values.square()
+        for kept in (3, 7):
+            energy = float(squares[:kept].sum() / squares.sum())
+            assert rank_of_energy(values, energy) == kept
+
+
 def test_no_energy_has_no_rank():
     assert rank_of_energy(torch.zeros(3, dtype=torch.float64), 0.5) == 0
     assert rank_of_energy(torch.zeros(0, dtype=torch.float64), 0.5) == 0

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
-_NARROW = (torch.bfloat16, torch.float16)
+from merge_kit.methods.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def round_into(values: Tensor, out: Tensor) -> None:
     """Fill `out` with values rounded once to its dtype, to nearest even."""
-    if values.dtype == torch.float64 and out.dtype in _NARROW:
+    if values.dtype == torch.float64 and out.dtype in (torch.bfloat16, torch.float16):
         out.copy_(_odd(values))  # torch goes through float32, which would round twice
     else:
         out.copy_(values)
