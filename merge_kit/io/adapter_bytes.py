@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 import os
+import struct
 from collections.abc import Iterator
-
-import numpy as np
 
 from merge_kit.core.tensors import ByteSpan, StoredTensor
 from merge_kit.errors import CheckpointError
 
-_DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4"}
+_FORMATS = {"F64": "<d", "F32": "<f", "F16": "<e", "I64": "<q", "I32": "<i"}
 _CHUNK_BYTES = 1 << 20
 
 
@@ -22,14 +21,14 @@ def read_number(tensor: StoredTensor) -> float:
         CheckpointError: If it holds more, of another kind, or no finite number.
     """
     spec, where = tensor.spec, f"{tensor.span.path}, tensor {tensor.spec.name!r}"
-    if spec.numel != 1 or spec.dtype not in {*_DTYPES, "BF16"}:
+    if spec.numel != 1 or spec.dtype not in {*_FORMATS, "BF16"}:
         problem = f"is {spec.dtype} of shape {list(spec.shape)}, expected one number"
         raise CheckpointError(problem, where=where, hint="save the adapter again")
     raw = b"".join(_read(tensor.span))
     if spec.dtype == "BF16":  # the upper half of a float32
-        number = float(np.frombuffer(b"\0\0" + raw, "<f4")[0])
+        number = float(struct.unpack("<f", b"\0\0" + raw)[0])
     else:
-        number = float(np.frombuffer(raw, _DTYPES[spec.dtype])[0])
+        number = float(struct.unpack(_FORMATS[spec.dtype], raw)[0])
     if not math.isfinite(number):
         problem = f"is {number}, expected a finite number"
         raise CheckpointError(problem, where=where, hint="the adapter is damaged")
