@@ -4,11 +4,13 @@ Adapters name modules by patterns: a key K means the modules whose name `re.matc
 `(.*\.)?(K)$` in, the first key of several wins. `re` itself backtracks, and a key such as
 `(a+)+b` keeps it busy for years. Here all keys become one automaton, which walks each name once,
 from its end: whether a pattern matches does not depend on the order of trying, so the answer is
-the same. What an automaton cannot do (back references, looking around) is refused by name.
+the same. What an automaton cannot do (back references, looking around) is refused by name. Keys
+that are one whole name, as configs have thousands of, are looked up.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from merge_kit.core.pattern_states import States, compile_pattern
@@ -19,6 +21,9 @@ MAX_LETTERS = 1_000
 MAX_WORK = 10_000_000
 """Letters walked and states visited; less than a second."""
 
+_WHOLE_NAME = re.compile(r"\^((?:[\w/-]|\\[^\w\s])*)\$?")
+_ESCAPED = re.compile(r"\\(.)")
+
 
 class NamePatterns:
     """Patterns over dotted names, the first that matches wins.
@@ -28,15 +33,17 @@ class NamePatterns:
         where: File and key, for messages.
 
     Raises:
-        CheckpointError: If there are too many, or one is too long, not valid, or needs more than
-            an automaton.
+        CheckpointError: If there are too many that are no whole names, or one is too long, not
+            valid, or needs more than an automaton.
     """
 
     def __init__(self, patterns: Sequence[str], *, where: str) -> None:
-        if len(patterns) > MAX_PATTERNS:
-            problem = f"has {len(patterns)} patterns, expected at most {MAX_PATTERNS}"
+        whole = [_whole_name(pattern) for pattern in patterns]
+        if whole.count(None) > MAX_PATTERNS:
+            problem = f"has {whole.count(None)} patterns, expected at most {MAX_PATTERNS}"
             raise CheckpointError(problem, where=where, hint="join patterns that say the same")
         self._where = where
+        self._whole: dict[str, int] = {}
         self._states = States()
         self._work = 0
         starts = []
@@ -45,6 +52,10 @@ class NamePatterns:
                 problem = f"pattern {pattern[:40]!r}... has {len(pattern)} letters"
                 hint = f"a pattern has at most {MAX_LETTERS}"
                 raise CheckpointError(problem, where=where, hint=hint)
+            name = whole[number]
+            if name is not None:
+                self._whole.setdefault(name, number)
+                continue
             starts.append(compile_pattern(self._states, pattern, number, where=where))
         self._starts = tuple(starts)
         self._groups: dict[frozenset[int], int] = {}
@@ -59,6 +70,11 @@ class NamePatterns:
         Raises:
             CheckpointError: If all names asked for so far took more than MAX_WORK.
         """
+        found = (self._whole.get(name), self._walk(name))
+        return min((number for number in found if number is not None), default=None)
+
+    def _walk(self, name: str) -> int | None:
+        """Return what the automaton finds."""
         if not self._starts:
             return None
         if self._start is None:
@@ -114,3 +130,9 @@ class NamePatterns:
             problem = "the patterns take too long to match with the names of the modules"
             hint = "write fewer or plainer patterns, or the full names of the modules"
             raise CheckpointError(problem, where=self._where, hint=hint)
+
+
+def _whole_name(pattern: str) -> str | None:
+    """Return the only name that a pattern matches, if it is written as "^name", with escapes."""
+    found = _WHOLE_NAME.fullmatch(pattern)
+    return None if found is None else _ESCAPED.sub(r"\1", found[1])

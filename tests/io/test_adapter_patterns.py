@@ -49,6 +49,15 @@ def as_peft_matches(patterns, name):
         (r"layers\.1\.q_proj", "model.layers.1xq_proj", False),
         ("^model.q_proj", "model.q_proj", True),
         ("^model.q_proj", "base.model.q_proj", False),
+        (r"^model\.q_proj", "model.q_proj", True),
+        (r"^model\.q_proj$", "model.q_proj", True),
+        (r"^model\.q_proj", "modelxq_proj", False),
+        (r"^model\.q_proj", "base.model.q_proj", False),
+        (r"^a\-b\ c/d", "a-b c/d", True),
+        (r"^a\-b/d", "a-b/d", True),
+        (r"^a\\d", r"a\d", True),
+        (r"^a\d", "a1", True),
+        ("^", "", True),
         (r".*\.[0-4]\..*(q|v)_proj", "model.layers.3.self_attn.v_proj", True),
         (r".*\.[0-4]\..*(q|v)_proj", "model.layers.5.self_attn.v_proj", False),
         (r"layers\.\d+\.[^.]+\.q_proj", "a.layers.12.attn.q_proj", True),
@@ -71,6 +80,26 @@ def test_the_first_pattern_wins():
     assert first(["k_proj", ".*_proj", "q_proj"], "a.q_proj") == 1
     assert first(["q_proj", ".*_proj"], "a.q_proj") == 0
     assert first([], "a.q_proj") is None
+
+
+def test_the_first_of_a_whole_name_and_an_expression_wins():
+    assert first([r"^a\.b", ".*"], "a.b") == 0
+    assert first([".*", r"^a\.b"], "a.b") == 0
+    assert first([r"^a\.b", r"^a\.b"], "a.b") == 0
+    assert first([r"^a\.b", ".*"], "a.c") == 1
+
+
+def test_the_name_of_every_expert_of_a_large_model_may_be_a_pattern():
+    names = [
+        f"model.layers.{layer}.mlp.experts.{expert}.{leaf}_proj"
+        for layer in range(60)
+        for expert in range(160)
+        for leaf in ("gate", "up", "down")
+    ]
+    patterns = NamePatterns([f"^{re.escape(name)}" for name in names], where="config")
+    assert len(names) > MAX_PATTERNS
+    assert [patterns.first(name) for name in names] == list(range(len(names)))
+    assert patterns.first(f"base.{names[0]}") is None
 
 
 LETTERS = "ab.1"
