@@ -6,9 +6,11 @@ import json
 import shutil
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from merge_kit import merge, plan
 from merge_kit.errors import MergeKitError, MismatchError, PlanError
@@ -19,6 +21,7 @@ from tests.adapters.makers import (
     load_base,
     make_base,
     quiet,
+    randomise,
     tensors,
 )
 from tests.oracles import adapters as oracle
@@ -364,6 +367,17 @@ def test_a_parameter_beside_modules_cannot_be_saved(tmp_path, bases):
     extracted(bases(), tuned, tmp_path / "out", rank=2, rest="drop")
 
 
+def test_a_bias_that_the_base_lacks_cannot_be_saved(tmp_path, bases):
+    name = QUERY.replace("weight", "bias")
+    tuned = edited(bases(), tmp_path / "tuned", {QUERY: low_rank(2)}, added={name: torch.ones(16)})
+    with pytest.raises(MismatchError, match="the module has none in the base") as caught:
+        extracted(bases(), tuned, tmp_path / "out", rank=2)
+    assert caught.value.problem.startswith(f"{name} is changed")
+    done = extracted(bases(), tuned, tmp_path / "out", rank=2, rest="drop")
+    assert dropped(done, "input-1")[name] == "changed, and left out (rest: drop)"
+    assert config_of(tmp_path / "out")["bias"] == "none"
+
+
 def test_a_module_that_ends_like_a_saved_one_is_saved_with_it(tmp_path):
     names = ("norm.weight", "layers.0.input_norm.weight", "layers.0.up.weight")
     held = {name: torch.eye(4) if "up" in name else torch.ones(4) for name in names}
@@ -432,6 +446,49 @@ def test_an_embedding_that_two_sides_share_cannot_be_saved(tmp_path):
         extracted(base, tuned, tmp_path / "out", rank=1)
     done = extracted(base, tuned, tmp_path / "out", rank=1, rest="drop")
     assert any("a program that calls those of T5" in note for note in done.plan.notes)
+
+
+def test_modules_whose_names_end_in_numbers_are_chosen_alone(tmp_path):
+    config = {"model_type": "net"}
+    held = {"top.0.weight": torch.eye(4), "n.0.n.bias": torch.ones(4)}
+    base = handmade(tmp_path / "base", config, **held)
+    changed = {**held, "top.0.weight": 2 * torch.eye(4)}
+    extracted(base, handmade(tmp_path / "tuned", config, **changed), tmp_path / "out", rank=4)
+
+    class Inner(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.n = torch.nn.LayerNorm(4)
+
+    net = torch.nn.Module()
+    net.top = torch.nn.Sequential(torch.nn.Linear(4, 4, bias=False))
+    net.n = torch.nn.ModuleList([Inner()])  # n.0 is no layer that peft can adapt
+    with quiet():
+        found = peft.PeftModel.from_pretrained(net, tmp_path / "out")
+    assert [name for name, _ in found.named_modules() if name.endswith("lora_A.default")] == [
+        "base_model.model.top.0.lora_A.default"
+    ]
+
+
+def test_the_head_of_gpt_neox_loads_and_comes_back(tmp_path):
+    sizes = {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1}
+    settings = GPTNeoXConfig(vocab_size=40, intermediate_size=24, **sizes)
+    for name, seed in (("base", 1), ("tuned", 2)):
+        model = GPTNeoXForCausalLM(settings)
+        randomise(model, seed)
+        model.save_pretrained(tmp_path / name)
+    base, out = tmp_path / "base", tmp_path / "out"
+    assert "embed_out.weight" in tensors(base)
+    extracted(base, tmp_path / "tuned", out, rank=48)
+    assert "base_model.model.lm_head.weight" in tensors(out)
+    with quiet():
+        adapted = peft.PeftModel.from_pretrained(GPTNeoXForCausalLM.from_pretrained(base), out)
+    wanted = answers(GPTNeoXForCausalLM.from_pretrained(tmp_path / "tuned").eval())
+    torch.testing.assert_close(answers(adapted.eval()), wanted, rtol=1e-4, atol=1e-4)
+    merge({"merge_method": "passthrough", "models": [{"model": f"{base}+{out}"}]}, tmp_path / "in")
+    found, wanted = tensors(tmp_path / "in"), tensors(tmp_path / "tuned")
+    assert found.keys() == wanted.keys()
+    assert torch.equal(found["embed_out.weight"], wanted["embed_out.weight"])
 
 
 def test_a_head_of_its_own_may_leave_a_tied_base_and_join_an_untied_one(tmp_path):
@@ -603,6 +660,24 @@ def test_a_pipeline_is_extracted_folder_by_folder(tmp_path, bases):
     save_file(held, tmp_path / "tuned/unet/model.safetensors")
     extracted(tmp_path / "base/unet", tmp_path / "tuned/unet", tmp_path / "out", rank=2)
     assert same_answers("net", bases("net"), tmp_path / "out", tmp_path / "tuned/unet")
+
+
+def test_of_a_model_with_more_programs_the_one_at_the_top_is_extracted(tmp_path, bases):
+    for name in ("base", "tuned", "other"):
+        changes = {} if name == "base" else {"wide.weight": low_rank(2)}
+        edited(bases("net"), tmp_path / name, changes)
+        dense = {"linear.weight": torch.full((4, 6), 2.0 if name == "other" else 1.0)}
+        handmade(tmp_path / name / "2_Dense", {}, **dense)
+    base, tuned = tmp_path / "base", tmp_path / "tuned"
+    done = extracted(base, tuned, tmp_path / "out", rank=2)
+    assert same_answers("net", bases("net"), tmp_path / "out", tuned)
+    dense = "2_Dense/linear.weight"
+    assert dropped(done, "input-1")[dense] == "not changed"
+    found = refusal(tmp_path / "no", recipe(base, tmp_path / "other", rank=2))
+    assert f"{dense} is changed" in found
+    assert "of another folder" in found
+    done = extracted(base, tmp_path / "other", tmp_path / "less", rank=2, rest="drop")
+    assert dropped(done, "input-1")[dense] == "changed, and left out (rest: drop)"
 
 
 def test_a_quantised_model_is_refused(tmp_path, bases):

@@ -43,7 +43,7 @@ _KOHYA_LEADS = {
 }
 """What kohya's prefixes stand for: a folder of a pipeline, or a prefix in a single file."""
 
-_ALIASES = ((".block_sparse_moe.", ".mlp."),)
+_ALIASES = ((".block_sparse_moe.", ".mlp."), ("embed_out.", "lm_head."))
 """Parts of paths that programs have renamed: as files have them, as adapters do."""
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from merge_kit.architecture.config import with_tied
 from merge_kit.architecture.quantised import quantisation_problem
 from merge_kit.core.tensors import TensorSpec
 from merge_kit.errors import MismatchError
+from merge_kit.plan.base_copies import Settled, settle
 from merge_kit.plan.base_names import made_for_another
 from merge_kit.plan.changes import alone, difference
 from merge_kit.plan.fitting import Fitter
@@ -87,12 +88,13 @@ class _Maker:
         below = name if name in self.model.tensors else self.ties.embedding
         held = self.model.tensors[below]
         spec = self.ties.heads.get(name, held.spec)
-        refuse_doubles(name, spec, versions)
-        self.tensors[name] = Held(held.component, spec, combined(held.source, versions))
-        self.made_of[name] = tuple(_ingredients(self.model, below, versions, spec))
-        if all(version.is_sum for version in versions):
-            changes = tuple(change for version in versions for change in version.weighted)
-            self.changed[name] = Changed(held.source, changes)
+        settled = settle(held.source, versions, self.model)
+        refuse_doubles(name, spec, settled.versions)
+        self.tensors[name] = Held(held.component, spec, combined(settled.under, settled.versions))
+        self.made_of[name] = tuple(_ingredients(self.model, below, settled, spec))
+        if all(version.is_sum for version in settled.versions):
+            changes = tuple(change for version in settled.versions for change in version.weighted)
+            self.changed[name] = Changed(settled.under, changes)
 
     def _leave(self, name: str, versions: list[Version]) -> None:
         """Say of adapters whose weight is 0 that they are left out."""
@@ -119,21 +121,21 @@ class _Maker:
 
 
 def _ingredients(
-    model: Model, below: str, versions: list[Version], spec: TensorSpec
-) -> list[Ingredient]:
-    """Return what becomes of the tensor below and of those of the adapters."""
-    if len(versions) == 1 and versions[0].saved is not None and versions[0].weight == 1:
-        why = f"{versions[0].adapter.label} holds it whole"
-        found = [Ingredient(model, below, "dropped", why)]
+    model: Model, below: str, settled: Settled, spec: TensorSpec
+) -> Iterator[Ingredient]:
+    """Yield what becomes of the tensor below and of those of the adapters."""
+    versions = settled.versions
+    alone = len(versions) == 1 and versions[0].saved is not None and versions[0].weight == 1
+    holder = versions[0].adapter.label if alone else settled.replaced
+    if holder:
+        yield Ingredient(model, below, "dropped", f"{holder} holds it whole")
     else:
-        found = [Ingredient(model, below, "merged" if versions else "copied")]
+        yield Ingredient(model, below, "merged" if versions else "copied")
     for version in versions:
         copied = len(versions) == 1 and version.is_copy(spec)
-        found += (
-            Ingredient(version.adapter, name, "copied" if copied else "merged")
-            for name in version.tensors()
-        )
-    return found
+        for name in version.tensors():
+            yield Ingredient(version.adapter, name, "copied" if copied else "merged")
+    yield from settled.ingredients
 
 
 def _untied(model: Model) -> tuple[Part, ...]:

@@ -110,10 +110,10 @@ def _nothing(stage: Stage, base: Model, tuned: Model, *, left_out: bool) -> Plan
 def _check_models(stage: Stage, base: Model, tuned: Model, findings: Findings) -> None:
     for model in (base, tuned):
         folders = sorted({held.component for held in model.tensors.values()})
-        if folders != [""]:
+        if "" not in folders:
             findings.problem(
                 PlanError(
-                    f"{model.label} has components: {', '.join(f or '.' for f in folders)}",
+                    f"{model.label} has components: {', '.join(folders)}",
                     where=str(stage.mark),
                     hint="name the folder of one of them, in the model and in its base",
                 )

@@ -41,7 +41,8 @@ def files(
         modules,
         base=_base_name(stage, inputs, pairs.base),
         targets=short_targets(
-            [one.module for one in modules], {pair.module for pair in pairs.pairs}
+            [one.module for one in modules],
+            {pair.module for pair in pairs.pairs if "/" not in pair.module},
         ),
         saved_modules=rest.modules,
         bias=bias,

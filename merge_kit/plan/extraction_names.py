@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,6 +54,9 @@ _OF_COMPOSED = (
 _VISUAL = ("qwen2_vl", "qwen2_5_vl")
 _OF_VISUAL = (("visual.", "model.visual."), ("model.", "model.language_model."))
 """How files of models with pictures begin names, by model_type, and how programs do today."""
+
+_OF_NEOX = (("embed_out.", "lm_head."),)
+"""What files of GPT-NeoX call the head, and what programs do today."""
 
 _TURNED = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp")
 _TURNED_LEAVES = ("c_attn", "c_proj", "c_fc", "q_attn")
@@ -113,13 +116,14 @@ def naming(config: Mapping[str, Any] | None, names: Iterable[str]) -> Naming:
         return Naming(renamed=_OF_COMPOSED)
     if kind in _VISUAL and any(name.startswith("visual.") for name in names):
         return Naming(renamed=_OF_VISUAL)
+    renamed = _OF_NEOX if kind == "gpt_neox" else ()
     name = architecture(config)
     bare = name.endswith(("Model", "Encoder")) and not name.endswith("LMHeadModel")
     core = _CORES.get(kind)
     if not name or bare or any(name.startswith(f"{core or 'model'}.") for name in names):
-        return Naming()
+        return Naming(renamed=renamed)
     cut = any(name.startswith(_BARE) for name in names)
-    return Naming(f"{core}." if core is not None else "model." if cut else "")
+    return Naming(f"{core}." if core is not None else "model." if cut else "", renamed)
 
 
 def is_expert(module: str) -> bool:
@@ -163,11 +167,32 @@ def factored_kind(name: str, spec: TensorSpec) -> Kind | None:
 
 
 def short_targets(chosen: Collection[str], modules: Iterable[str]) -> list[str] | None:
-    """Return the last parts of chosen modules, if no other modules end with them; else None.
+    """Return the ends of names that choose modules and nothing else of the model.
+
+    The last part of a name where that is enough, else the whole name: peft takes every module that
+    ends with it, one that only has others inside as well ("blocks.0" for "0").
 
     Args:
-        modules: All modules of the model.
+        chosen: Modules to choose.
+        modules: All modules of the model that have tensors.
+
+    Returns:
+        None if a whole name is the end of another one.
     """
-    leaves = {module.rpartition(".")[2] for module in chosen}
-    others = {module.rpartition(".")[2] for module in modules if module not in chosen}
-    return None if leaves & others else sorted(leaves)
+    every, found = set(modules), set()
+    containers = {above for module in every for above in _above(module)}
+    others = (every | containers) - set(chosen)
+    taken = {module.rpartition(".")[2] for module in others}
+    taken |= {part for module in every for part in module.split(".")[:-1]}
+    for module in chosen:
+        leaf = module.rpartition(".")[2]
+        found.add(module if leaf in taken or leaf.isdecimal() else leaf)
+    ends = tuple(f".{name}" for name in found)
+    return None if any(module.endswith(ends) for module in others) else sorted(found)
+
+
+def _above(module: str) -> Iterator[str]:
+    """Yield the modules that a module is inside of."""
+    while "." in module:
+        module = module.rpartition(".")[0]
+        yield module

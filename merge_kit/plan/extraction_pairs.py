@@ -121,7 +121,7 @@ class Pairs:
         base, module = self.base.tensors[name], self.naming.module(name)
         theirs = self.theirs.get(name) or self._stand_in(name, base)
         tuned = self.tuned.tensors[theirs] if theirs else None
-        kind = factored_kind(name, base.spec)
+        kind = None if base.component else factored_kind(name, base.spec)
         if tuned is None or kind is None:
             return Pair(name, module_now(module), base, tuned, name, theirs)
         turned = kind == "linear" and is_turned(self.base.config, module)

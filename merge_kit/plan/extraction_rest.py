@@ -12,7 +12,7 @@ from merge_kit.plan.extraction_pairs import SHOWN, Pair
 from merge_kit.plan.models import Held, Model
 
 _PREFIX = "base_model.model."
-_HEADS = {"gpt_neox": "embed_out"}
+_HEADS = {"gpt_neox_japanese": "embed_out"}
 """What programs call the head, by model_type; "lm_head" for all others."""
 
 
@@ -60,11 +60,11 @@ def rest_of(
     modules = _Modules(pairs, factored)
     wanted = {pair.module for pair in saved if pair.leaf != "bias"}
     chosen = modules.around(wanted)
-    outcasts = [pair for pair in saved if pair.leaf != "bias" and not modules.holds(pair.module)]
     clashes = [m for m in chosen if m not in wanted and not modules.holds(m)]
     tie = _Tie(*models, pairs, saved)
-    outcasts += tie.broken
-    _cannot(rest, list(dict.fromkeys([p.name for p in outcasts] + clashes)), tuned)
+    outcasts = {pair.name: why for pair in saved if (why := modules.why_not(pair))}
+    outcasts |= dict.fromkeys(clashes, _BESIDE) | {p.name: _SHARED for p in tie.broken}
+    _cannot(rest, outcasts, tuned)
     for module in chosen:
         if modules.holds(module):
             rest.modules.append(module)
@@ -82,6 +82,13 @@ def rest_of(
     return rest
 
 
+_BESIDE = "peft stores modules whole, and it is beside modules or beside factors"
+_ELSEWHERE = "an adapter is of one program, and it is of another folder"
+_LACKING = "the module has none in the base, and peft adds none"
+_SHARED = "an encoder and a decoder share it, and peft would replace it outside them alone"
+"""Why no adapter can hold a tensor."""
+
+
 class _Modules:
     """The modules of a model, and which of them peft can put whole ones in place of."""
 
@@ -89,9 +96,18 @@ class _Modules:
         self._factored = factored
         self._members: dict[str, list[Pair]] = {}
         for pair in pairs:
-            if pair.tuned is not None:
+            if pair.tuned is not None and not pair.tuned.component:
                 self._members.setdefault(pair.module, []).append(pair)
         self._above = {above for module in self._members for above in _above(module)}
+        self._in_base = {pair.module for pair in pairs if pair.base is not None}
+
+    def why_not(self, pair: Pair) -> str:
+        """Return why an adapter cannot hold a tensor of the model, "" if it can."""
+        if pair.tuned is not None and pair.tuned.component:
+            return _ELSEWHERE
+        if pair.base is None and pair.module in self._in_base:
+            return _LACKING
+        return "" if pair.leaf == "bias" or self.holds(pair.module) else _BESIDE
 
     def members(self, module: str) -> Sequence[Pair]:
         """Return the tensors of a module."""
@@ -158,11 +174,17 @@ def _refuse(rest: Rest, names: Sequence[str], where: str) -> None:
         )
 
 
-def _cannot(rest: Rest, names: Sequence[str], where: str) -> None:
-    if names:
+def _cannot(rest: Rest, outcasts: Mapping[str, str], where: str) -> None:
+    """Refuse tensors that no adapter can hold.
+
+    Args:
+        outcasts: Name -> why.
+    """
+    for why in dict.fromkeys(outcasts.values()):
+        names = [name for name, its in outcasts.items() if its == why]
         rest.errors.append(
             MismatchError(
-                f"{_listed(names)} changed, and no adapter of peft can hold {_it(names)}",
+                f"{_listed(names)} changed, and no adapter of peft can hold {_it(names)}: {why}",
                 where=where,
                 hint="rest: drop (--rest drop) leaves them out",
             )

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
+from merge_kit.architecture.ties import embedding_for, is_head
 from merge_kit.core.dtypes import is_float
 from merge_kit.core.tensors import TensorSpec
 from merge_kit.errors import MismatchError
@@ -21,7 +22,6 @@ SHOWN = 5
 
 _CONV1D = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp")
 _CONV1D_LEAVES = ("c_attn", "c_proj", "c_fc", "q_attn")
-_VOCABULARY = "bring the model's embedding and head to the adapter's vocabulary first"
 _WEIGHTS = (".weight", ".in_proj_weight", "")
 """What a module's path is continued by to the name of its weight."""
 
@@ -55,7 +55,7 @@ class Fitter:
             self._fused = fused_experts(self._shapes)
         self._names = [*self._shapes, *self._fused]
         self._misfits: list[str] = []
-        self._flag_means, self._other_vocabulary = True, False
+        self._flag_means, self._rows_wanted = True, 0
 
     def touches(self) -> tuple[Touch, ...]:
         """Return everything that the adapter touches.
@@ -81,9 +81,15 @@ class Fitter:
             raise MismatchError(
                 f"does not fit {self.model.label} in {count} tensors: {shown}{more}",
                 where=self.label,
-                hint=_VOCABULARY if self._other_vocabulary else self._made_for(),
+                hint=self._resize() if self._rows_wanted else self._made_for(),
             )
         return tuple(touched)
+
+    def _resize(self) -> str:
+        return (
+            f"bring the model's embedding and head to {self._rows_wanted} rows first, as "
+            f"resize_token_embeddings({self._rows_wanted}) of transformers does"
+        )
 
     def _made_for(self) -> str:
         if self.adapter.base:
@@ -250,10 +256,19 @@ class Fitter:
     def _saved(self, saved: Saved, name: str) -> Touch:
         spec, given = self._specs[name], saved.stored.spec
         if spec.shape != given.shape or is_float(spec.dtype) != is_float(given.dtype):
-            self._other_vocabulary |= spec.shape[1:] == given.shape[1:] != ()
-            mine, theirs = f"{given.dtype} {list(given.shape)}", f"{spec.dtype} {list(spec.shape)}"
-            self._misfits.append(f"{saved.tensor} is {mine}, {name} is {theirs}")
+            if spec.shape[1:] == given.shape[1:] != () and self._is_vocabulary(name):
+                self._rows_wanted = given.shape[0]
+            alias = "" if saved.tensor == name else f" of {saved.tensor}"
+            self._misfits.append(
+                f"{name}: the adapter has {given.dtype} {list(given.shape)}{alias}, "
+                f"the base has {spec.dtype} {list(spec.shape)}"
+            )
         return Touch(name, saved)
+
+    def _is_vocabulary(self, name: str) -> bool:
+        """Return whether a tensor has a row for each token."""
+        alone = {name: self._specs[name]}
+        return is_head(name) or embedding_for("lm_head.weight", alone) is not None
 
     def _rows(self, rows: TokenRows, name: str) -> Touch:
         shape, given = self._shapes[name], rows.stored.spec.shape

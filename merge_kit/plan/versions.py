@@ -116,7 +116,7 @@ def refuse_doubles(name: str, spec: TensorSpec, versions: Sequence[Version]) -> 
                 hint="leave its weight out",
             )
     for one, other in combinations(versions, 2):
-        if _overlap(one, other):
+        if overlap(one, other):
             raise MismatchError(
                 f"holds {name} whole, and so does {one.adapter.label}",
                 where=other.adapter.label,
@@ -124,7 +124,7 @@ def refuse_doubles(name: str, spec: TensorSpec, versions: Sequence[Version]) -> 
             )
 
 
-def _overlap(one: Version, other: Version) -> bool:
+def overlap(one: Version, other: Version) -> bool:
     """Return whether both replace some of the same rows."""
     if one.saved is not None or other.saved is not None:
         return all(v.saved is not None or v.rows is not None for v in (one, other))

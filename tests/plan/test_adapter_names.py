@@ -215,3 +215,9 @@ def test_the_two_tensors_of_experts_tell_outputs_from_inputs(up, down, lie):
     shapes = {"m.experts.gate_up_proj": up, "m.experts.down_proj": down}
     assert expert_lie("m.experts.down_proj", shapes) == lie
     assert expert_lie("m.experts.gate_up_proj", shapes) == lie
+
+
+def test_the_head_of_gpt_neox_has_two_names():
+    names = ["gpt_neox.embed_in.weight", "embed_out.weight"]
+    for wanted in ("lm_head.weight", "embed_out.weight"):
+        assert match_names([wanted], names).found == {wanted: "embed_out.weight"}

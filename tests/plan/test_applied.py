@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from merge_kit.errors import MismatchError
 from merge_kit.plan.describe import summary
@@ -289,8 +289,18 @@ def test_a_vocabulary_of_another_size_is_refused_with_both_shapes(models):
     adapter(models / "v", ON_Q | larger, modules_to_save=saved)
     with pytest.raises(MismatchError, match=r"in 2 tensors") as caught:
         plan(passed("base+v"), models)
-    assert "F32 [6, 3], model.embed_tokens.weight is F32 [4, 3]" in caught.value.problem
-    assert "to the adapter's vocabulary first" in caught.value.hint
+    said = f"{EMBEDDING}: the adapter has F32 [6, 3], the base has F32 [4, 3]"
+    assert said in caught.value.problem
+    assert "to 6 rows first, as resize_token_embeddings(6)" in caught.value.hint
+
+
+def test_a_saved_head_of_other_classes_is_no_matter_of_the_vocabulary(models):
+    path = models / "base/model.safetensors"
+    save_file({**load_file(path), "score.weight": numbers(2, HIDDEN)}, path)
+    adapter(models / "c", ON_Q | {"score.weight": numbers(3, HIDDEN)}, modules_to_save=["score"])
+    with pytest.raises(MismatchError, match=r"score.weight: the adapter has F32") as caught:
+        plan(passed("base+c"), models)
+    assert "rows" not in caught.value.hint
 
 
 # experts ------------------------------------------------------------------------------------------

@@ -118,7 +118,33 @@ def test_experts_that_are_stored_apart():
 def test_short_targets_choose_no_other_module():
     modules = ["a.0.q", "a.1.q", "a.0.k", "a.1.k", "norm"]
     assert short_targets(["a.0.q", "a.1.q"], modules) == ["q"]
-    assert short_targets(["a.0.q"], modules) is None
+    assert short_targets(["a.0.q"], modules) == ["a.0.q"]
+
+
+@pytest.mark.parametrize(
+    ("chosen", "others", "targets"),
+    [
+        (["v.mlp.0", "v.mlp.2"], ["v.blocks.0.norm"], ["v.mlp.0", "v.mlp.2"]),
+        (["v.mlp.0", "v.blocks.0.q"], [], ["q", "v.mlp.0"]),
+        (["0"], ["norm"], ["0"]),
+        (["0"], ["blocks.0.norm"], None),  # "blocks.0" ends with it
+        (["a.out", "b.0.out"], ["a.out.norm"], ["a.out", "b.0.out"]),
+        (["mlp.0"], ["blocks.mlp.0.norm"], None),
+    ],
+)
+def test_targets_are_whole_where_a_number_or_a_container_ends_alike(chosen, others, targets):
+    assert short_targets(chosen, [*chosen, *others]) == targets
+
+
+def test_the_head_of_gpt_neox_is_named_as_programs_name_it():
+    names = ["gpt_neox.layers.0.mlp.dense_h_to_4h.weight", "embed_out.weight"]
+    found = naming(config("GPTNeoXForCausalLM", "gpt_neox"), names)
+    assert [found.module(name) for name in names] == [
+        "gpt_neox.layers.0.mlp.dense_h_to_4h",
+        "lm_head",
+    ]
+    japanese = naming(config("GPTNeoXJapaneseForCausalLM", "gpt_neox_japanese"), names)
+    assert japanese.module("embed_out.weight") == "embed_out"
 
 
 def test_the_task_is_named_for_causal_models_alone():
