@@ -41,7 +41,8 @@ def compare_adapters(
 
     Raises:
         CheckpointError: If one of them is no adapter, or is broken.
-        MismatchError: If a module has different shapes in two of them.
+        MismatchError: If a module has different shapes in two of them, or names do not tell
+            whether two of them change the same modules.
         UsageError: If there are fewer than two.
     """
     if isinstance(adapters, str | bytes) or not isinstance(adapters, Sequence):
@@ -60,6 +61,7 @@ def compared(adapters: Sequence[Adapter]) -> AdapterComparison:
     names = tuple(_distinct([adapter.checkpoint.name for adapter in adapters]))
     findings = Findings()
     found = by_module(aligned(adapters, names, findings))
+    findings.raise_any()
     check_shapes(found, names)
     files = {f.path: f for a in adapters for c in a.checkpoint.components for f in c.files}
     with Reader(files.values()) as reader, one_torch_thread():  # small QRs are faster on one

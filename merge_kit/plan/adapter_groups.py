@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from merge_kit.core.dtypes import is_float
 from merge_kit.errors import MergeKitError, MismatchError, PlanError
@@ -20,7 +20,7 @@ class Member:
     Attributes:
         index: Of the first entry that names it; entries that name it again are no members.
         entries: Positions of all entries that name it.
-        prefix: What its names begin with, and what they are to begin with instead.
+        renames: Path that its names begin with -> what they are to begin with instead.
     """
 
     entry: Entry
@@ -28,12 +28,16 @@ class Member:
     adapter: Adapter
     index: int
     entries: tuple[int, ...]
-    prefix: tuple[str, str] = ("", "")
+    renames: Mapping[str, str] = field(default_factory=dict)
 
     def renamed(self, name: str) -> str:
         """Return a name of its file as the other adapters have it."""
-        old, new = self.prefix
-        return new + name.removeprefix(old) if name.startswith(old) else name
+        path = name
+        while path:
+            if path in self.renames:
+                return self.renames[path] + name[len(path) :]
+            path = path.rpartition(".")[0]
+        return name
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,12 +114,17 @@ def _no_adapter(stage: Stage, entry: Entry, model: Model) -> PlanError:
 
 
 def groups(adapters: Sequence[Member]) -> list[ModuleGroup]:
-    """Return the modules that adapters change, in the order of the first that has each."""
+    """Return the modules that adapters change, in the order of the first that has each.
+
+    How the weight is stored is what the first says: b @ a is the same for all.
+    """
     found: dict[str, list[Change]] = {}
     for member in adapters:
         for update in member.adapter.updates:
-            name = member.renamed(update.module)
-            found.setdefault(name, []).append(Change(member, update))
+            changes = found.setdefault(member.renamed(update.module), [])
+            turned = changes[0].update.transposed if changes else update.transposed
+            same = update if update.transposed == turned else replace(update, transposed=turned)
+            changes.append(Change(member, same))
     return [ModuleGroup(name, tuple(changes)) for name, changes in found.items()]
 
 
@@ -149,5 +158,4 @@ def _described(update: Update) -> str:
     out, into = matrix_shape(update)
     kernel = f" with a kernel of {list(update.a.spec.shape[2:])}" if update.a.spec.shape[2:] else ""
     experts = f" of {update.experts} experts" if update.experts else ""
-    stored = ", stored as (in, out)" if update.transposed else ""
-    return f"{update.kind} [{out}, {into}]{kernel}{experts}{stored}"
+    return f"{update.kind} [{out}, {into}]{kernel}{experts}"

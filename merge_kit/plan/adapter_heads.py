@@ -1,0 +1,125 @@
+"""Whether two paths, of two adapters of one model, name one part of the model.
+
+No base tells it here. Certain are words more or less that models of transformers, and what wraps
+them, put around a stack of layers, in any order; and one other word in front, as a model with a
+head has it and the same model without does not.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable
+from typing import Literal
+
+from merge_kit.architecture.components import kind_of, side_of
+from merge_kit.core.names import natural_key
+
+Verdict = Literal["same", "apart", "unsure"]
+
+_AROUND = frozenset(
+    (
+        *("model", "base_model", "module", "_orig_mod", "_fsdp_wrapped_module", "backbone", "llm"),
+        *("thinker", "transformer", "unet", "diffusion_model", "language_model", "text_model"),
+        *("vision_model", "vision_tower", "visual", "audio_model", "audio_tower"),
+    )
+)
+"""Words around a stack that say no more than which kind of model it belongs to, if anything."""
+
+_AUXILIARY = re.compile(r"(^|[._])(mtp|nextn|draft|medusa|eagle|perceiver|q_?former)|resampler")
+"""Stacks that models have beside their main one."""
+
+_COMPONENT = re.compile(
+    r"(unet|transformer(_\d+)?|prior|controlnet|vae|text_encoder(_\d+)?)(?=\.|$)"
+)
+"""First words that are components of a pipeline."""
+
+_BLOCKS = {
+    "input_blocks": "original",
+    "middle_block": "original",
+    "output_blocks": "original",
+    "double_blocks": "original",
+    "single_blocks": "original",
+    "joint_blocks": "original",
+    "down_blocks": "diffusers",
+    "mid_block": "diffusers",
+    "up_blocks": "diffusers",
+    "transformer_blocks": "diffusers",
+    "single_transformer_blocks": "diffusers",
+}
+"""Whose names the blocks of diffusion models have: those that made them, or diffusers."""
+
+_BLOCK = re.compile(rf"(?<![^._])({'|'.join(sorted(_BLOCKS, key=len, reverse=True))})(?=[._])")
+
+
+def verdict(one: str, other: str) -> Verdict:
+    """Return whether two paths before layer numbers are one stack."""
+    words, others = one.split("."), other.split(".")
+    if words[-1] != others[-1] or _are_apart(one, other):
+        return "apart"
+    unknown = _unknown(words, others)
+    if unknown is None:
+        return "unsure"
+    if not unknown:
+        return "same"
+    in_front = one.endswith(f".{other}") or other.endswith(f".{one}")
+    is_one = len(unknown) == 1 and not _COMPONENT.fullmatch(unknown[0])
+    return "same" if in_front and is_one else "unsure"
+
+
+def is_same_module(one: str, other: str) -> bool:
+    """Return whether two paths of modules outside layers are certainly one module."""
+    words, others = one.split("."), other.split(".")
+    alike = words[-1] == others[-1] and not _are_apart(one, other)
+    return alike and _unknown(words, others) == []
+
+
+def closest(path: str, others: Iterable[str]) -> list[str]:
+    """Return the paths that share most words with one, of these the shortest."""
+    own = Counter(path.split("."))
+
+    def rank(other: str) -> tuple[int, int]:
+        words = Counter(other.split("."))
+        return -(own & words).total(), words.total()
+
+    found = sorted(others, key=natural_key)
+    first = min(map(rank, found), default=None)
+    return [other for other in found if rank(other) == first]
+
+
+def layout_of(module: str) -> str:
+    """Return whose names the blocks of a diffusion model have in a path, "" if that is open."""
+    found = _BLOCK.search(module)
+    return _BLOCKS[found[1]] if found else ""
+
+
+def component_of(path: str) -> str:
+    """Return the component of a pipeline that a path begins with, or ""."""
+    found = _COMPONENT.match(path)
+    return found[0] if found else ""
+
+
+def _are_apart(one: str, other: str) -> bool:
+    """Return whether two paths lie in different parts of a model: towers, sides, components."""
+    if kind_of(one) != kind_of(other) or side_of(one) != side_of(other):
+        return True
+    if bool(_AUXILIARY.search(one)) != bool(_AUXILIARY.search(other)):
+        return True
+    for two in ({component_of(one), component_of(other)}, {_end(one), _end(other)}):
+        if len(two) == 2 and "" not in two:
+            return True
+    return False
+
+
+def _end(path: str) -> str:
+    """Return "encoder" or "decoder" where a word ends so ("text_decoder")."""
+    words = [word for word in path.split(".") if word.endswith(("encoder", "decoder"))]
+    return words[-1][-len("encoder") :] if words else ""
+
+
+def _unknown(words: list[str], others: list[str]) -> list[str] | None:
+    """Return the words that one path has more and that say something; None if both have more."""
+    more, less = Counter(words) - Counter(others), Counter(others) - Counter(words)
+    if more and less:
+        return None
+    return [word for word in (more + less).elements() if word not in _AROUND]
