@@ -64,7 +64,9 @@ def lines(merge: api.Merge) -> list[str]:
         heads = [("missed", "rank", "norm", "layer"), *(_cells(one) for one in layers)]
         found += ["", *columns(heads).splitlines()]
     total = _total("all", modules)
-    found += ["", f"{total.share:.2%} of the change of {total.modules:,} modules is missed", ""]
+    squares = f"{total.share**2:.2%} of its squares, which energy counts"
+    last = f"{total.share:.2%} of the change of {total.modules:,} modules is missed ({squares})"
+    found += ["", last, ""]
     return found
 
 

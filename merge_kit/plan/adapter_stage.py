@@ -84,7 +84,7 @@ def adapter_stage(
         ranks=tuple(modules.ranks),
         fates=modules.ledger.fates(inputs.models),
         modules=tuple(one for own in modules.out.values() for one in own),
-        notes=_notes(modules),
+        notes=(*_notes(modules), *_capped(modules, made)),
         metadata=metadata,
     )
 
@@ -205,3 +205,24 @@ def _notes(modules: Modules) -> tuple[str, ...]:
     if experts and modules.stage.merge_method == "lora_linear":
         return ("experts are laid side by side, as by lora_concat: their ranks add up",)
     return ()
+
+
+def _capped(modules: Modules, made: Sequence[Result]) -> tuple[str, ...]:
+    """Say where a rank is asked for that changes of such ranks cannot have."""
+    asked = {
+        (one.use.folder, c.module.name): getattr(c.method, "rank", None)
+        for one in made
+        for c in one.combinations
+    }
+    less = [
+        one
+        for own in modules.out.values()
+        for one in own
+        if one.rank < (asked.get((one.folder, one.module)) or 0)
+    ]
+    if not less:
+        return ()
+    ranks = sorted({one.rank for one in less})
+    shown = f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
+    count = f"{len(less):,} module" + "s" * (len(less) != 1)
+    return (f"the rank of {count} is {shown}, less than asked for: their changes have no more",)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from merge_kit.architecture.stacks import Stack, layer_name, split_layer
 from merge_kit.architecture.ties import embedding_for, is_head, is_tied
 from merge_kit.errors import MismatchError, PlanError
+from merge_kit.methods.registry import find
 from merge_kit.plan.findings import Findings
 from merge_kit.plan.inputs import Inputs
 from merge_kit.plan.inputs import listed as listed_models
@@ -92,6 +93,7 @@ class Assembler:
         models = [self.find(entry.model, base) for entry in listed]
         base_model = self.find(base, None) if base else None
         adds = add_base and base is not None and base not in [entry.model for entry in listed]
+        adds = adds and not self._is_one_adapter(listed, method)
         if adds and base is not None and base_model is not None:
             listed.append(Entry(base, NO_PARAMETERS, base.mark))
             models.append(base_model)
@@ -105,6 +107,13 @@ class Assembler:
             method or self.stage.merge_method,
             self.stage.mark,
         )
+
+    def _is_one_adapter(self, listed: Sequence[Entry], method: str | None) -> bool:
+        """Return whether one adapter is merged into its base, by a method of one model."""
+        takes_one = find(method or self.stage.merge_method).max_inputs == 1
+        needs_base = find(method or self.stage.merge_method).needs_base
+        alone = len(listed) == 1 and self.inputs.find(listed[0].model).adapter is not None
+        return alone and takes_one and not needs_base
 
     def flat(self, group: Group, keep: Names) -> list[Item]:
         """Return an item for each tensor name that the models of a group have."""

@@ -219,7 +219,8 @@ def _agreeing(planned: Sequence[_Planned]) -> tuple[Step, ...]:
 
 def _notes(planner: _Planner, donor: Model, last: _Planned) -> None:
     findings, stage = planner.findings, last.assembly.stage
-    if stage.base_model is None and len(planner.inputs.models) > 1:
+    models = [model for model in planner.inputs.models if model.adapter is None]
+    if stage.base_model is None and len(models) > 1:
         findings.note(f"no base_model: config and tokenizer are those of {donor.label}")
     _note_warnings(planner)
     assert donor.checkpoint is not None

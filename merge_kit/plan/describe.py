@@ -42,7 +42,8 @@ def merged_by_method(plan: Plan) -> dict[str, int]:
     counts = Counter[str]()
     for step in plan.steps:
         if step.method is not None:
-            counts[step.method.method_name] += len(step.outputs)
+            laid = plan.ranks and step.method.method_name == "passthrough"  # by what lays factors
+            counts[plan.method if laid else step.method.method_name] += len(step.outputs)
     return dict(sorted(counts.items()))
 
 

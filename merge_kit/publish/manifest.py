@@ -200,7 +200,9 @@ def read_manifest(path: Path) -> Manifest:
         limit_bytes = min(path.stat().st_size, _MAX_BYTES) if is_there else 0
     if not is_there:
         problem = f"there is no {MANIFEST}"
+        above = (named.parent / MANIFEST).is_file()  # one of several adapters
         hint = "name a folder that mergekit run has written"
+        hint = f"name the folder above it, {named.parent}" if above else hint
         raise CheckpointError(problem, where=str(named), hint=hint)
     raw = read_bytes(path, limit_bytes)
     found = parse_object(raw, where=str(path), what="record").get("format")

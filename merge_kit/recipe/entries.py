@@ -50,6 +50,7 @@ def _entries(
 
 def _entry(scope: Scope, node: Node, keys: Mapping[str, str]) -> Entry | None:
     hints = {"layer_range": "layers are chosen by the sources of slices"}
+    hints["lora"] = "write model: {model: NAME, lora: ADAPTER}"
     hints |= {name: f"write parameters: {{{name}: ...}}" for name in every_parameter()}
     required = [key for key in keys if key != "parameters"]
     fields = scope.findings.fields(node, keys, required, hints)

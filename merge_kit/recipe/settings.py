@@ -70,11 +70,18 @@ def _kind(scope: Scope, name: str, node: Node, *, of_model: bool) -> type | None
     return readers[0].kind
 
 
+_INSTEAD = {
+    ("weight", "passthrough"): "; of an adapter, write lora: [{path: ADAPTER, weight: 0.5}] in "
+    "the model's reference; of a tensor, write scale",
+}
+
+
 def _unread(scope: Scope, name: str, node: Node) -> None:
     methods = " or ".join(sorted({method.method_name for method in scope.methods}))
     known = every_parameter() | DIALECT_PARAMETERS
     if name in known:
-        scope.findings.note(node.key, f"{name} has no effect with {methods}")
+        instead = _INSTEAD.get((name, methods), "")
+        scope.findings.note(node.key, f"{name} has no effect with {methods}{instead}")
         return
     hint = nearest(name, known)
     if not hint.startswith("did"):
