@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -27,7 +27,7 @@ from merge_kit.plan.residency import PIECE
 from merge_kit.plan.sources import Source, Stored, elements
 from merge_kit.plan.values import Fitted, Plan, Step
 from merge_kit.plan.walk import merged_sources
-from merge_kit.plan.whole_model import group_of
+from merge_kit.plan.whole_model import Group, group_of
 
 JOURNAL = "fitted.jsonl"
 
@@ -62,15 +62,25 @@ def fit_plan(
     with opened(plan, folder, tally, allow_nonfinite=allow_nonfinite, journal=JOURNAL) as run:
         found = _known(run)
         left = [(i, step) for i, step in enumerate(plan.fits) if i not in found]
-        groups = {group_of(m.step) for _, step in left for m in merged_sources(step)}
-        scanned = [step for step in plan.whole_model if group_of(step) in groups]
-        shared = whole_model(run, scanned, stop)
+        shared = whole_model(run, _scanned(plan, [step for _, step in left]), stop)
         jobs = (partial(FitJob, run, i, step, shared, found) for i, step in left)
         Pool(plan.bill.workers, stop).run([starting(job) for job in jobs])
         if stop.is_set():
             raise InterruptedRun(2, hint="run the same command again to go on from here")
         run.reader.check_all()
     return tuple(one for i in range(len(plan.fits)) for one in found[i])
+
+
+def _scanned(plan: Plan, steps: Sequence[Step]) -> list[Step]:
+    """Return the steps whose statistics over a whole model these need, or those that feed them."""
+    found: list[Step] = []
+    groups, left = set[Group](), list(steps)
+    while left:
+        fresh = {group_of(m.step) for step in left for m in merged_sources(step)} - groups
+        left = [step for step in plan.whole_model if group_of(step) in fresh]
+        groups |= fresh
+        found += left
+    return found
 
 
 def _known(run: RunState) -> dict[int, list[Fitted]]:
@@ -107,10 +117,10 @@ class FitJob(Job):
 
     def phases(self) -> Iterator[Phase]:
         """Yield preparations and scans, then the look."""
+        yield from self.prepare(self._shared)
         if self.step.method is None:
             yield [(0, 0)], self._compare
         else:
-            yield from self.prepare(self._shared)
             yield from self.statistics(self.step, self._shared)
             yield [(0, 0)], self._fit
         self._finish()
@@ -147,8 +157,9 @@ class FitJob(Job):
             return alike and equal_bytes(self.run.reader, one.span, other.span)
         work.enter(self.step)
         kind, total = torch_dtype(self.step.compute), elements(one)
-        for start in range(0, total, PIECE):
-            stop = min(start + PIECE, total)
+        size = min(PIECE, self.step.slab_elements)
+        for start in range(0, total, size):
+            stop = min(start + size, total)
             rows = work.rows("models", 2, stop - start, kind)
             for row, source in zip(rows, (one, other), strict=True):
                 self.kernel.operands.read(source, start, stop, row, work)

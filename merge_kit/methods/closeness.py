@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
 EPSILON = 2.0**-52
 
+LARGEST = 1e150
+"""Norm of a change: squares and products are summed over many modules."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Directions:
@@ -76,7 +79,8 @@ def directions(b: Tensor, a: Tensor, scale: float, *, where: str) -> Directions:
         where: The module, for messages.
 
     Raises:
-        NonFiniteError: If a factor holds NaN or infinity.
+        NonFiniteError: If a factor holds NaN or infinity, or the change is so large that squares
+            of it overflow.
     """
     for name, factor in (("a", a), ("b", b)):
         if not bool(torch.isfinite(factor).all()):
@@ -84,7 +88,11 @@ def directions(b: Tensor, a: Tensor, scale: float, *, where: str) -> Directions:
             raise NonFiniteError(problem, where=where, hint="train or download it again")
     out_basis, out_rest = torch.linalg.qr(b)
     in_basis, in_rest = torch.linalg.qr(a.mT)
-    left, values, right = torch.linalg.svd((out_rest @ in_rest.mT) * scale, full_matrices=False)
+    core = (out_rest @ in_rest.mT) * scale
+    if not float(torch.linalg.vector_norm(core)) <= LARGEST:
+        problem = f"the change is too large to be compared: its scale is {scale:g}"
+        raise NonFiniteError(problem, where=where, hint="look at its alpha")
+    left, values, right = torch.linalg.svd(core, full_matrices=False)
     # a column of b may be as large as the row of a that it meets is small: QR rounds each by itself
     lengths = torch.linalg.vector_norm(b, dim=1) * torch.linalg.vector_norm(a, dim=2)
     size = lengths.sum(dim=1) * abs(scale)

@@ -32,7 +32,7 @@ def spectrum(slab: Slab, energy: float) -> Spectrum:
     matrix = slab.tensors[0].view(slab.shape)
     norm = _norm(matrix)
     if norm - norm != 0:
-        return Spectrum(0, nan)
+        return Spectrum(slab.ranks[0], nan)  # NaN is written with all directions, and counted
     values = truncated.spectrum(matrix, slab.name)
     return Spectrum(truncated.rank_of_energy(values, energy), norm)
 

@@ -46,6 +46,11 @@ def are_finite(slab: Slab) -> bool:
     return all(bool(torch.isfinite(factor).all()) for factor in slab.aux.values())
 
 
+def is_finite(change: Change) -> bool:
+    """Return whether a change is within float64: weights and scales may take it beyond."""
+    return isfinite(change.floor) and bool(torch.isfinite(change.core).all())
+
+
 def uses(slab: Slab) -> list[tuple[float, ...]]:
     """Return the coefficients of the changes for each adapter that is made."""
     changes = len(slab.aux) // 2
@@ -61,18 +66,33 @@ def sums(slab: Slab) -> list[Change]:
 def fitted(
     changes: Sequence[Change], name: str, rank: int | None, energy: float | None
 ) -> list[Spectrum]:
-    """Return the rank that `rank_of` finds for each change, and its norm."""
+    """Return the rank that `rank_of` finds for each change, and its norm.
+
+    A change that overflows has the most that it may have: what is written shows it.
+    """
     found = []
     for change in changes:
+        if not is_finite(change):
+            most = min(change.core.shape)
+            found.append(Spectrum(most if rank is None else min(rank, most), nan))
+            continue
         values = decompose(change, name).values
         found.append(Spectrum(rank_of(values, rank, energy), length(change.core)))
     return found
 
 
 def truncated(changes: Sequence[Change], slab: Slab) -> Yield:
-    """Return a and b of each change, of the ranks that the slab names, and what they miss."""
-    tensors, facts = [], []
+    """Return a and b of each change, of the ranks that the slab names, and what they miss.
+
+    Those of a change that overflows are NaN.
+    """
+    tensors: list[Tensor] = []
+    facts: list[dict[str, float]] = []
     for change, rank in zip(changes, slab.ranks, strict=True):
+        if not is_finite(change):
+            tensors += _nans(slab, rank)
+            facts.append({})
+            continue
         a, b = split(change, decompose(change, slab.name).first(rank), rank)
         facts.append(measured(change, a, b, slab.stored_dtype))
         tensors += [a, b]
@@ -118,15 +138,22 @@ def _product(left: Tensor, right: Tensor) -> float:
 
 def not_finite(slab: Slab) -> Yield:
     """Return factors of NaN, where the engine sees what the operands hold."""
-    out, columns = slab.shape
-    shapes = [shape for rank in slab.ranks for shape in ((rank, columns), (out, rank))]
-    tensors = [torch.full(shape, nan, dtype=torch.float64) for shape in shapes]
+    tensors = [factor for rank in slab.ranks for factor in _nans(slab, rank)]
     return Yield(tensors, [{}] * len(slab.ranks))
 
 
+def _nans(slab: Slab, rank: int) -> list[Tensor]:
+    out, columns = slab.shape
+    shapes = (rank, columns), (out, rank)
+    return [torch.full(shape, nan, dtype=torch.float64) for shape in shapes]
+
+
 def no_spectra(slab: Slab) -> list[Spectrum]:
-    """Return what is known of factors that are not finite: a norm that is no number."""
-    return [Spectrum(0, nan)] * len(uses(slab))
+    """Return what is known of factors that are not finite: a norm that is no number.
+
+    They are written, and counted, with all directions that they may have.
+    """
+    return [Spectrum(rank, nan) for rank in slab.ranks]
 
 
 def work(shape: tuple[int, int], ranks: Sequence[int], made: Sequence[int]) -> Work:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import hypot
+from math import hypot, inf
 from typing import TYPE_CHECKING
 
 from merge_kit.errors import SolveError
@@ -78,8 +78,12 @@ def spanned(changes: Sequence[tuple[Tensor, Tensor]]) -> Spanned:
 
 
 def length(matrix: Tensor) -> float:
-    """Return the Frobenius norm."""
-    return float(torch.linalg.vector_norm(matrix))
+    """Return the Frobenius norm, of numbers too whose squares overflow."""
+    found = float(torch.linalg.vector_norm(matrix))
+    if found != inf:
+        return found
+    largest = float(matrix.abs().max())
+    return largest * float(torch.linalg.vector_norm(matrix / largest))
 
 
 def decompose(change: Change, name: str) -> Parts:

@@ -6,10 +6,11 @@ import json
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from math import inf, nextafter
+from math import inf, isfinite, nextafter
 from typing import Any, Literal
 
 from merge_kit.architecture.config import Edit, edit_config, read_config
+from merge_kit.errors import PlanError
 from merge_kit.plan.adapter_made import OutModule
 
 Bias = Literal["none", "all", "lora_only"]
@@ -63,6 +64,7 @@ def adapter_config_text(  # noqa: PLR0913  (every one has a name)
 
     Raises:
         CheckpointError: If the template is no JSON object.
+        PlanError: If an alpha is beyond the range of float64.
     """
     values = _values(modules, targets, parameters)
     values |= {
@@ -131,8 +133,19 @@ def _most_common(values: Sequence[Any], default: Any) -> Any:
 
 
 def _alpha(module: OutModule) -> float | int:
-    """Return the number that gives the scale when it is divided by the rank."""
+    """Return the number that gives the scale when it is divided by the rank.
+
+    Raises:
+        PlanError: If it is beyond the range of float64.
+    """
     alpha = module.scale * module.rank
+    if not isfinite(alpha):
+        raise PlanError(
+            f"the scale {module.scale:g} at rank {module.rank} is an alpha beyond float64, which "
+            "adapter_config.json cannot say",
+            where=module.module,
+            hint="look at the alphas of the adapters (mergekit inspect --tensors)",
+        )
     near = (round(alpha), alpha, nextafter(alpha, inf), nextafter(alpha, -inf))
     return next((one for one in near if one / module.rank == module.scale), alpha)
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from math import inf, nextafter
 from typing import Literal
 
 from merge_kit.core.dtypes import promoted
 from merge_kit.core.tensors import StoredTensor, TensorSpec
+from merge_kit.errors import PlanError
 from merge_kit.methods.passthrough import Passthrough
 from merge_kit.plan.adapter_factors import halved, is_exact, scaled, stacked_a, stacked_b, stored
 from merge_kit.plan.adapter_ledger import Ledger
@@ -21,6 +23,9 @@ from merge_kit.plan.values import ModuleRank, Step, Target
 from merge_kit.recipe.values import Stage
 
 Compute = Literal["F32", "F64"]
+
+FLOAT32_MAX, FLOAT64_MAX = 2.0**127 * (2 - 2.0**-23), nextafter(inf, 0)
+"""Alphas are tensors of float32 in some files, and numbers of JSON in others."""
 
 
 @dataclass
@@ -89,13 +94,14 @@ class Modules:
         The scale is that of the term that counts most, whose factors stay as they are.
         """
         names, terms = self.names(one), one.counting
+        rank = sum(term.change.update.rank for term in terms)
+        check_alpha(one, rank, FLOAT32_MAX if self.form == "alphas" else FLOAT64_MAX)
         scale = 1.0 if self.form == "none" else max(abs(term.scale) for term in terms)
         self._factors(one, names, terms, [term.scale / scale for term in terms])
         self.bias(one, names, terms, scale)
         for term in terms:
             alone = len(terms) == 1 and term.scale == scale and self.dtype is None
             self.ledger.update(term.change.member.model, term.change.update, copied=alone)
-        rank = sum(term.change.update.rank for term in terms)
         self.alpha(one, rank, scale, None)
         self.note(one, rank, scale)
 
@@ -205,6 +211,24 @@ class Modules:
             weights=(1.0,),
             compute=wide,
             group=self.number,
+        )
+
+
+def check_alpha(one: Combination, rank: int, largest: float) -> None:
+    """Check that the alpha of factors side by side can be written.
+
+    Raises:
+        PlanError: If it is larger than the file can say.
+    """
+    term = max(one.counting, key=lambda term: abs(term.scale))
+    if abs(term.scale) * rank > largest:
+        label, update = term.change.member.model.label, term.change.update
+        raise PlanError(
+            f"{label} has the scale {update.scale:g} (alpha {update.alpha:g}) and counts "
+            f"{term.coefficient:g} times: with rank {rank} that is an alpha above {largest:.4g}, "
+            "the largest that can be written",
+            where=one.module.name,
+            hint="give it a smaller weight, or look at its alpha",
         )
 
 

@@ -155,6 +155,11 @@ def read_bytes(step: Step) -> int:
     return total + sum(s.span.nbytes for a in step.agree for s in stored(a)) * 2
 
 
+def _is_look(step: Step) -> bool:
+    """Return whether a step that is no output is more than scanned: all of it is computed."""
+    return step.shape is not None or step.action == "copy"
+
+
 def _read_once(source: Source) -> int:
     """Return the bytes of one pass over a source: lengths of columns take a pass of their own."""
     again = _read_once(source.source) if isinstance(source, Normed) and source.axis == 1 else 0
@@ -193,7 +198,7 @@ def bill(
         peak_bytes=peak,
         workers=workers,
         heavy_bytes=heavy,
-        flops=sum(flops(step) for step in (*steps, *(s for s in scanned if s.shape is not None))),
+        flops=sum(flops(step) for step in (*steps, *filter(_is_look, scanned))),
         solves=sum(flops(step) > 0 for step in steps),
         solvers=min(workers, heavy // heaviest) if heaviest else workers,
     )

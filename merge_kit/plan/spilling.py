@@ -26,9 +26,8 @@ class Spills:
 
     def _choose(self, step: Step, seen: set[int]) -> None:
         """Find the feeding steps to keep: one reader that needs it is enough for all."""
-        method = step.method
-        assert method is not None  # copies have no feeding steps
-        once = method.residency() == "element" and not method.scans()
+        method = step.method  # None where operands are compared: each slab of them is read once
+        once = method is None or (method.residency() == "element" and not method.scans())
         for source in operands(step):
             self._choose_source(source, seen, once=once)
 
@@ -74,7 +73,7 @@ class Spills:
 
 def with_spills(step: Step) -> Step:
     """Return a step with the results that feed it placed; steps fed by files are unchanged."""
-    if step.method is None or not any(_feeds(source) for source in operands(step)):
+    if not any(_feeds(source) for source in operands(step)):
         return step
     return Spills(step).place(step)
 

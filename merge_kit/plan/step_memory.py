@@ -72,9 +72,7 @@ def _own_bytes(step: Step, slab: int) -> int:
     """Return the memory of one worker for slabs of one step alone."""
     width = _width(step)
     if step.method is None:
-        compared = 0 if step.base is None else 2 * width * PIECE
-        spare = max((spare_bytes(source, PIECE, width) for source in operands(step)), default=0)
-        return 4 * 8 * BLOCK + compared + spare
+        return _compared_bytes(step, slab, width) if step.base is not None else 4 * 8 * BLOCK
     count = _slab_count(step, slab)
     whole = [elements(source) for source in _whole(step)]
     longest = max(count, *whole, 0)
@@ -87,6 +85,14 @@ def _own_bytes(step: Step, slab: int) -> int:
         return own + _work(step).scratch_bytes + _YIELDED * sum(t.spec.numel for t in step.outputs)
     scratch = step.method.scratch_bytes(len(step.inputs), count + max(whole, default=0))
     return own + sum(outputs) + scratch
+
+
+def _compared_bytes(step: Step, slab: int, width: int) -> int:
+    """Return what a comparison of two operands holds, of bytes or slab by slab."""
+    count, both = min(slab, PIECE), operands(step)
+    raw = max(raw_bytes(source, count) for source in both)
+    spare = max(spare_bytes(source, count, width) for source in both)
+    return max(4 * 8 * BLOCK, 2 * width * count + raw + spare)
 
 
 def multiplies(step: Step) -> bool:

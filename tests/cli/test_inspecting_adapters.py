@@ -275,6 +275,17 @@ def test_values_that_are_not_finite_are_named(here, capsys):
     assert "model.layers.1.mlp.up_proj: the factor b holds values" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("options", [[], ["--json"]])
+def test_an_alpha_whose_squares_overflow_is_named_with_its_scale(here, capsys, options):
+    write(here / "sort", factors(1))
+    write(here / "huge", factors(2), lora_alpha=1e308)
+    assert main(["inspect", "sort", "huge", *options]) == 3
+    captured = capsys.readouterr()
+    assert "the change is too large to be compared: its scale is 5e+307" in captured.err
+    assert "model.layers.0.mlp.up_proj" in captured.err
+    assert not captured.out
+
+
 def test_a_model_beside_an_adapter_is_refused(here, capsys):
     write(here / "sort", factors(1))
     (here / "model").mkdir()

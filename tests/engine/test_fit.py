@@ -11,15 +11,19 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
+from merge_kit.core.tensors import BLOCK
 from merge_kit.engine.fit import fit_plan
 from merge_kit.engine.journal import FOLDER
 from merge_kit.errors import CheckpointError, InterruptedRun, NonFiniteError
 from merge_kit.methods.base import PerModel
+from merge_kit.methods.breadcrumbs import Breadcrumbs
+from merge_kit.methods.iso_c import IsoC
 from merge_kit.methods.linear import Linear
 from merge_kit.methods.passthrough import Passthrough
 from merge_kit.methods.ties import Ties
 from merge_kit.methods.updates import AdapterMethod, Spectrum, Work
-from merge_kit.plan.sources import LowRank, Merged
+from merge_kit.plan import cost
+from merge_kit.plan.sources import LowRank, Merged, View
 from merge_kit.plan.values import Fitted
 from tests.engine.handmade import plan, plan_input, step, stored
 
@@ -216,3 +220,92 @@ def test_a_copy_asks_whether_two_tensors_hold_the_same_bytes(tmp_path):
         Fitted("unchanged", 0, 0.0),
         Fitted("changed", 1, 0.0),
     )
+
+
+KINDS = {
+    "ties": Ties(density=PerModel((0.3, 0.5)), weight=PerModel((1.0, 1.0))),
+    "rows": Breadcrumbs(
+        density=PerModel((0.3, 0.5)),
+        gamma=PerModel((0.1, 0.1)),
+        weight=PerModel((1.0, 1.0)),
+        variant="paper",
+    ),
+    "whole": IsoC(weight=PerModel((1.0, 1.0))),
+}
+
+
+def merged(folder, kind, w, *others):
+    """Return models minus w, merged by a method, and then wanted as a tensor of its own."""
+    base = stored(folder, f"{kind}-w", w)
+    held = [stored(folder, f"{kind}-{i}", other) for i, other in enumerate(others)]
+    return Merged(step(KINDS[kind], held, base=base, name=f"{kind}-inner"), "F32", w.shape), base
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("blocks", "workers"), [(1, 1), (None, 2)])
+def test_tensors_that_are_merged_are_compared(tmp_path, kind, blocks, workers):
+    w = normal(211, 801)
+    same, base = merged(tmp_path, kind, w, w, w)
+    turned = View(same, 0, w.shape)
+    (tmp_path / "2").mkdir()
+    other, _ = merged(tmp_path / "2", kind, w, w + normal(211, 801), w)
+    fits = [
+        question(same, base, "same"),
+        question(turned, base, "view"),
+        question(base, same, "same, the other way round"),
+        question(other, base, "other"),
+        question(other, other, "twice"),
+    ]
+    made = fitted(fits, tmp_path / "out", workers=workers, blocks=blocks)
+    assert [one.rank for one in made] == [0, 0, 0, 1, 0]
+    assert not list(tmp_path.rglob("scratch*"))
+
+
+def test_a_comparison_spills_what_is_not_merged_slab_by_slab(tmp_path):
+    w = normal(30, 801)
+    bills = {}
+    for kind in KINDS:
+        inner, base = merged(tmp_path, kind, w, w, w)
+        bills[kind] = plan([], fits=[question(inner, base, kind)]).bill.scratch_bytes
+    assert bills["ties"] == 0
+    assert bills["rows"] == bills["whole"] == 4 * 30 * 801
+
+
+def test_a_comparison_holds_two_slabs_beside_the_merges_below_it(tmp_path):
+    w = normal(1000, 1003)
+    inner, base = merged(tmp_path, "ties", w, w, w)
+    own = {}
+    for blocks in (1, 8):
+        (asked,) = plan([], fits=[question(inner, base, "x")], blocks=blocks).fits
+        own[blocks] = asked.peak_bytes - cost.sized(inner.step, blocks).peak_bytes
+    slabs, raw = 2 * 8 * BLOCK * 4, 8 * BLOCK * 4
+    assert own[8] == slabs + raw
+    assert own[1] < own[8]
+
+
+def test_a_comparison_pays_for_the_solves_below_it(tmp_path):
+    w = normal(30, 801)
+    inner, base = merged(tmp_path, "whole", w, w, w)
+    bill = cost.bill([], 1, 0, scanned=[question(inner, base, "x")])
+    assert bill.flops == cost.bill([inner.step], 1, 0).flops > 0
+
+
+def test_what_is_not_finite_below_a_comparison_is_named(tmp_path):
+    w = normal(30, 801)
+    bad = w.clone()
+    bad[3, 4] = float("nan")
+    inner, base = merged(tmp_path, "ties", w, w, bad)
+    with pytest.raises(NonFiniteError) as caught:
+        fitted([question(inner, base, "x")], tmp_path / "out")
+    problem = "ties-inner: 1 NaN or infinite values in the inputs: 1 in input-2"
+    assert str(caught.value).startswith(problem)
+    (found,) = fitted([question(inner, base, "x")], tmp_path / "allowed", allow_nonfinite=True)
+    assert found.rank == 1
+
+
+def test_differences_that_overflow_below_a_comparison_are_named(tmp_path):
+    w = torch.full((3, 5), 3e38)
+    inner, base = merged(tmp_path, "ties", w, -w, w)
+    with pytest.raises(NonFiniteError) as caught:
+        fitted([question(inner, base, "x")], tmp_path / "out")
+    assert str(caught.value).startswith("ties-inner: differences between the models are too large")

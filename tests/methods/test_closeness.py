@@ -56,6 +56,14 @@ def test_a_rank_that_the_factors_only_promise_is_not_counted():
     assert (both.dot, both.left, both.right, both.least) == (0.0, 0.0, 0.0, 0)
 
 
+@pytest.mark.parametrize("scale", [1e151, 1e307, -1e308])
+def test_a_change_whose_squares_overflow_is_refused_by_name(scale):
+    b, a = draw(0, 1, 7, 3), draw(1, 1, 3, 5)
+    with pytest.raises(NonFiniteError, match="q_proj: the change is too large to be compared"):
+        found(b, a, scale)
+    assert found(b, a, 1e148).square > 1e296
+
+
 @pytest.mark.parametrize("spread", [1e8, 1e15])
 def test_columns_that_are_as_large_as_rows_are_small_lose_nothing(spread):
     b, a = draw(0, 1, 20, 3), draw(1, 1, 3, 30)

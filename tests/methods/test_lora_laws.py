@@ -195,7 +195,30 @@ def test_factors_that_are_not_finite_give_nan_for_the_engine_to_find(method, bad
     (found,) = made(method, slab)
     assert [tuple(one.shape) for one in found] == [(5, 30), (40, 5)]
     assert all(bool(one.isnan().all()) for one in found)
-    assert isnan(method.fit(slab, {})[0].norm)
+    (spectrum,) = method.fit(slab, {})
+    assert isnan(spectrum.norm)
+    assert spectrum.rank == 5  # it is not left out as if nothing changed
+
+
+@every_sum
+def test_changes_beyond_float64_give_nan_for_the_engine_to_find(method):
+    pairs = three((40, 30))
+    slab = factor_slab(pairs, (1e308, 1e308, 1.0), (5,))
+    (found,) = made(method, slab)
+    assert [tuple(one.shape) for one in found] == [(5, 30), (40, 5)]
+    assert all(bool(one.isnan().all()) for one in found)
+    (spectrum,) = method.fit(slab, {})
+    assert (spectrum.rank, isnan(spectrum.norm)) == (15, True)
+    assert type(method)().merge(slab, {}).facts == [{}]
+
+
+def test_a_change_whose_squares_overflow_keeps_its_rank_and_its_norm():
+    method, pairs, weights = LoraSvd(energy=1.0), three((40, 30)), tuple(1e200 * w for w in WEIGHTS)
+    (spectrum,) = method.fit(factor_slab(pairs, weights), {})
+    assert spectrum.rank == 15
+    assert spectrum.norm == pytest.approx(1e200 * float(total(pairs, WEIGHTS).norm()), rel=1e-12)
+    found = summed(method, pairs, weights, 15)
+    assert close(found / 1e200, total(pairs, WEIGHTS), lengths(pairs, WEIGHTS))
 
 
 @every

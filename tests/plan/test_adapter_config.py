@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from merge_kit.errors import PlanError
 from merge_kit.plan.adapter_config import adapter_config_text
 from merge_kit.plan.adapter_made import OutModule
 
@@ -122,6 +123,11 @@ def test_scales_come_out_to_the_last_bit_of_float32(tmp_path):
     _, found = loaded(adapter_config_text(None, modules), tmp_path)
     for name, scale in zip(names, scales, strict=True):
         assert found[name][1] == pytest.approx(scale, rel=1e-15)
+
+
+def test_an_alpha_that_no_number_can_say_is_refused_with_its_module():
+    with pytest.raises(PlanError, match=r"^attn\.q: the scale 1e\+308 at rank 4 is an alpha"):
+        adapter_config_text(None, [module("q"), module("attn.q", 4, 1e308)])
 
 
 def test_targets_that_leave_a_module_out_give_way_to_full_names(tmp_path):
