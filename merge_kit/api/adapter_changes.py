@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from merge_kit.api.overlays import Composed
+from merge_kit.api.shared_modules import aligned, by_module
 from merge_kit.core.tensors import TensorSpec
 from merge_kit.errors import MismatchError, UsageError
 from merge_kit.io.adapter_values import Adapter, Update
-from merge_kit.plan.changes import Change
+from merge_kit.plan.changes import Change, Lie
+from merge_kit.plan.findings import Findings
 from merge_kit.plan.models import Held, Model, Part
 from merge_kit.plan.sources import Generated
 
@@ -27,15 +29,17 @@ class Alone(Composed):
 
     Attributes:
         shapes: Of all tensors.
+        changes: What the adapter adds to tensors, by the names in `shapes`.
     """
 
     adapter: HeldModel
     shapes: Shapes
+    changes: Mapping[str, Change]
 
     @property
     def key(self) -> object:
         """What equal ones have in common."""
-        return "alone", self.adapter.key, tuple(self.shapes)
+        return "alone", self.adapter.key, tuple(self.shapes), tuple(self.changes)
 
     @property
     def parts(self) -> Sequence[HeldModel]:
@@ -44,7 +48,7 @@ class Alone(Composed):
 
     def model(self) -> Model:
         """Return the changes as a model without files."""
-        found = dict(changes(self.adapter))
+        found = self.changes
         tensors = {
             name: Held(
                 "",
@@ -59,44 +63,56 @@ class Alone(Composed):
         return str(self.adapter)
 
 
-def all_shapes(adapters: Sequence[HeldModel]) -> Shapes:
-    """Return the shape of everything that one of several adapters changes.
+def stand_alone(adapters: Sequence[HeldModel]) -> dict[object, Alone]:
+    """Return the changes of adapters by the adapter's key, all with the same tensors.
+
+    Modules that adapters name with other words in front have the name that the first has, and
+    their weights lie as the first says.
 
     Raises:
-        MismatchError: If two adapters change weights of one name and two shapes.
+        MismatchError: If two adapters change weights of one name and two shapes, or names do not
+            tell whether they change the same.
         UsageError: If what one of them changes depends on a base.
     """
+    held = list({one.key: one for one in adapters}.values())
+    findings = Findings()
+    keyed = aligned([_adapter(one) for one in held], [str(one) for one in held], findings)
+    findings.raise_any()
     shapes: dict[str, tuple[int, ...]] = {}
-    for adapter in adapters:
-        for name, change in changes(adapter):
-            known = shapes.setdefault(name, change.shape)
-            if known != change.shape:
-                problem = f"has shape {list(known)}, in {adapter} {list(change.shape)}"
-                hint = "only adapters of one base model can be added"
-                raise MismatchError(problem, where=name, hint=hint)
-    return shapes
+    found: list[dict[str, Change]] = [{} for _ in held]
+    for module, updates in by_module(keyed).items():
+        turned = next(update.transposed for update in updates if update is not None)
+        for one, update, own in zip(held, updates, found, strict=True):
+            if update is None:
+                continue
+            for name, change in _changes(module, replace(update, transposed=turned)):
+                known = shapes.setdefault(name, change.shape)
+                if known != change.shape:
+                    problem = f"has shape {list(known)}, in {one} {list(change.shape)}"
+                    hint = "only adapters of one base model can be added"
+                    raise MismatchError(problem, where=name, hint=hint)
+                own[name] = change
+    return {one.key: Alone(one, shapes, own) for one, own in zip(held, found, strict=True)}
 
 
-def changes(held: HeldModel) -> Iterator[tuple[str, Change]]:
-    """Yield what an adapter adds to each tensor, by name.
-
-    Raises:
-        UsageError: If that depends on a base.
-    """
+def _adapter(held: HeldModel) -> Adapter:
+    """Return an adapter whose changes do not depend on a base."""
     adapter = held.model.adapter
     assert adapter is not None
     problem = _needs_base(adapter)
     if problem is not None:
         raise UsageError(problem, where=str(held), hint=_HINT)
-    for update in adapter.updates:
-        turned = update.kind == "embedding" or update.transposed
-        yield (
-            f"{update.module}.weight",
-            Change(update, _shape(update), update.scale, "transposed" if turned else "straight"),
-        )
-        if update.bias is not None:
-            shape = update.bias.spec.shape
-            yield f"{update.module}.bias", Change(update, shape, update.scale, bias=True)
+    return adapter
+
+
+def _changes(module: str, update: Update) -> Iterator[tuple[str, Change]]:
+    """Yield what an update adds to each tensor, by name."""
+    turned = update.kind == "embedding" or update.transposed
+    lie: Lie = "transposed" if turned else "straight"
+    yield f"{module}.weight", Change(update, _shape(update), update.scale, lie)
+    if update.bias is not None:
+        shape = update.bias.spec.shape
+        yield f"{module}.bias", Change(update, shape, update.scale, bias=True)
 
 
 def _shape(update: Update) -> tuple[int, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from merge_kit.api.adapter_changes import Alone, all_shapes
+from merge_kit.api.adapter_changes import stand_alone
 from merge_kit.api.changes import Difference, Sum, differences
 from merge_kit.api.held import HeldModel
 from merge_kit.api.overlays import Applied, OnlyChange, is_below, on_top
@@ -32,12 +32,12 @@ def grounded(sums: Sequence[Sum], models: Sequence[Node] = ()) -> list[Sum]:
     if bases:
         base = _one(list(bases.values()), adapters[0])
         return [_each(terms, lambda leaf: _of_base(leaf, base)) for terms in sums]
-    shapes = all_shapes([node for node in adapters if isinstance(node, HeldModel)])
+    alone = stand_alone([node for node in adapters if isinstance(node, HeldModel)])
 
     def stands_alone(leaf: Difference) -> Difference:
         if not isinstance(leaf.model, HeldModel) or not _is_adapter(leaf):
             return leaf
-        return Difference(HeldModel(Alone(leaf.model, shapes)), None)
+        return Difference(HeldModel(alone[leaf.model.key]), None)
 
     return [_each(terms, stands_alone) for terms in sums]
 

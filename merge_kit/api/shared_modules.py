@@ -22,7 +22,10 @@ Changes = tuple[Update | None, ...]
 def aligned(
     adapters: Sequence[Adapter], names: Sequence[str], findings: Findings
 ) -> list[dict[str, Update]]:
-    """Return the updates of each adapter by a name that modules have in all of them."""
+    """Return the updates of each adapter by a name that modules have in all of them.
+
+    Updates have that name too, where it is a path.
+    """
     if len({adapter.style == "kohya" for adapter in adapters}) > 1:
         return [{_key(one.module): one for one in adapter.updates} for adapter in adapters]
     members = []
@@ -32,9 +35,13 @@ def aligned(
         model = replace(from_adapter(name, adapter), label=name)
         members.append(Member(entry, model, adapter, i, (i,)))
     return [
-        {member.renamed(one.module): one for one in member.adapter.updates}
+        {name: replace(one, module=name) for one, name in _renamed(member)}
         for member in with_one_prefix(members, findings)
     ]
+
+
+def _renamed(member: Member) -> list[tuple[Update, str]]:
+    return [(one, member.renamed(one.module)) for one in member.adapter.updates]
 
 
 def by_module(keyed: Sequence[Mapping[str, Update]]) -> dict[str, Changes]:

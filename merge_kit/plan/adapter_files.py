@@ -42,7 +42,7 @@ def config_file(
         saved_modules=_saved_modules(members),
         tokens=tokens,
         bias=_bias(members) if biases else "none",
-        transposed=any(member.adapter.config.get("fan_in_fan_out") is True for member in members),
+        transposed=_is_turned(members, modules),
     )
     return SideFile(full_name(folder, CONFIG), None, text)
 
@@ -104,6 +104,18 @@ def _saved_modules(members: Sequence[Member]) -> list[str]:
 def _bias(members: Sequence[Member]) -> Bias:
     found = [member.adapter.config.get("bias") for member in members]
     return "all" if "all" in found else "lora_only"
+
+
+def _is_turned(members: Sequence[Member], modules: Sequence[OutModule]) -> bool:
+    """Return what the first says that changes a matrix; others may say it of the same weights."""
+    made = {one.module for one in modules}
+    said = (
+        update.transposed
+        for member in members
+        for update in member.adapter.updates
+        if update.kind == "linear" and member.renamed(update.module) in made
+    )
+    return next(said, members[0].adapter.config.get("fan_in_fan_out") is True)
 
 
 def config_problems(members: Sequence[Member]) -> Iterator[MergeKitError]:

@@ -26,8 +26,9 @@ class Result:
 
     @property
     def same_as(self) -> Member | None:
-        """The one adapter that it is, tensor by tensor, or None."""
-        alone = len(self.members) == 1 and all(one.kept is not None for one in self.combinations)
+        """The one adapter that it is, tensor by tensor and name by name, or None."""
+        alone = len(self.members) == 1 and not self.members[0].renames
+        alone = alone and all(one.kept is not None for one in self.combinations)
         return self.members[0] if alone else None
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -266,3 +268,24 @@ def test_how_a_weight_is_stored_does_not_keep_changes_apart(tmp_path, flags, met
         assert not tied.all()
     assert torch.allclose(changes(out)[C_ATTN], wanted, atol=1e-4)
     assert mk.compare_adapters(folders).pair().shared == 1
+    assert json.loads((out / "adapter_config.json").read_text())["fan_in_fan_out"] is flags[0]
+
+
+def test_an_adapter_that_counts_alone_has_one_naming_in_factors_and_config(tmp_path):
+    named = {
+        "target_modules": [f"{OLD}.0.{ATTENTION}"],
+        "rank_pattern": {f"^{OLD}.0.{ATTENTION}": 1},
+        "r": 2,
+    }
+    one = adapter(tmp_path / "one", on(NEW))
+    alone = factors(f"{OLD}.0.{ATTENTION}", 6, 5, rank=1)
+    other = adapter(tmp_path / "other", alone, **named)
+    models = [
+        {"model": str(folder), "parameters": {"weight": weight}}
+        for folder, weight in ((one, 0.0), (other, 1.0))
+    ]
+    merge({"merge_method": "lora_concat", "models": models}, tmp_path / "out", threads=1)
+    text = (tmp_path / "out" / "adapter_config.json").read_text()
+    assert OLD not in text
+    (wanted,), found = changes(other).values(), changes(tmp_path / "out")
+    assert torch.equal(found[f"{NEW}.0.{ATTENTION}"], wanted)
