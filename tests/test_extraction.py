@@ -10,7 +10,14 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from merge_kit import merge, plan
 from merge_kit.errors import MergeKitError, MismatchError, PlanError
@@ -436,15 +443,111 @@ def test_buffers_that_only_old_files_have_are_dropped_by_name(tmp_path):
     assert [one.key for one in done.plan.ranks] == ["transformer.h.0.attn.c_attn"]
 
 
-def test_an_embedding_that_two_sides_share_cannot_be_saved(tmp_path):
-    architecture = ["T5ForConditionalGeneration"]
-    config = {"model_type": "t5", "architectures": architecture, "is_encoder_decoder": True}
-    held = {"shared.weight": torch.ones(6, 4), "encoder.block.0.wi.weight": torch.eye(4)}
+def test_buffers_that_the_base_lacks_are_dropped_by_name(tmp_path, bases):
+    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    tuned = edited(bases(), tmp_path / "tuned", {QUERY: low_rank(2)}, added={name: torch.ones(2)})
+    done = extracted(bases(), tuned, tmp_path / "out", rank=2)
+    assert dropped(done, "input-1")[name] == "programs compute it"
+    assert len(tensors(tmp_path / "out")) == 2
+
+
+T5 = T5Config(
+    vocab_size=40,
+    d_model=16,
+    d_kv=4,
+    d_ff=24,
+    num_layers=1,
+    num_heads=4,
+    decoder_start_token_id=0,
+)
+BART = BartConfig(
+    vocab_size=40,
+    d_model=16,
+    encoder_layers=1,
+    decoder_layers=1,
+    encoder_attention_heads=2,
+    decoder_attention_heads=2,
+    max_position_embeddings=32,
+    encoder_ffn_dim=24,
+    decoder_ffn_dim=24,
+)
+SIDES = {"shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "config", "lead"),
+    [
+        (T5ForConditionalGeneration, T5, ""),
+        (BartForConditionalGeneration, BART, "model."),
+    ],
+)
+def test_an_embedding_that_two_sides_share_is_saved_for_each(tmp_path, kind, config, lead):
+    for name, seed in (("base", 1), ("tuned", 2)):
+        model = kind(config)
+        randomise(model, seed)
+        model.save_pretrained(tmp_path / name)
+    base, out = tmp_path / "base", tmp_path / "out"
+    extracted(base, tmp_path / "tuned", out, rank=24)
+    saved = {f"base_model.model.{lead}{name}" for name in SIDES}
+    assert {*saved, "base_model.model.lm_head.weight"} <= tensors(out).keys()
+    with quiet():
+        adapted = peft.PeftModel.from_pretrained(kind.from_pretrained(base), out).eval()
+    asked = {"input_ids": torch.arange(2, 8)[None], "decoder_input_ids": torch.arange(3, 7)[None]}
+    with torch.no_grad():
+        found = adapted(**asked).logits
+        wanted = kind.from_pretrained(tmp_path / "tuned").eval()(**asked).logits
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+    back = {"merge_method": "passthrough", "models": [{"model": f"{base}+{out}"}]}
+    done = merge(back, tmp_path / "in")
+    shared = tensors(tmp_path / "tuned")[f"{lead}shared.weight"]
+    assert tensors(tmp_path / "in").keys() == tensors(base).keys()
+    assert torch.equal(tensors(tmp_path / "in")[f"{lead}shared.weight"], shared)
+    owner = f"base_model.model.{lead}shared.weight"
+    repeats = (saved | {"base_model.model.lm_head.weight"}) - {owner}
+    assert dropped(done, "input-2") == dict.fromkeys(repeats, f"it repeats {owner}")
+
+
+def test_one_side_that_has_another_embedding_than_the_other_does_not_come_back(tmp_path):
+    for name, seed in (("base", 1), ("tuned", 2)):
+        model = T5ForConditionalGeneration(T5)
+        randomise(model, seed)
+        model.save_pretrained(tmp_path / name)
+    out = tmp_path / "out"
+    extracted(tmp_path / "base", tmp_path / "tuned", out, rank=24)
+    held = tensors(out)
+    held["base_model.model.decoder.embed_tokens.weight"] += 1
+    save_file(held, out / "adapter_model.safetensors")
+    back = {
+        "merge_method": "passthrough",
+        "models": [{"model": f"{tmp_path / 'base'}+{out}"}],
+    }
+    assert "decoder.embed_tokens.weight" in refusal(tmp_path / "no", back)
+
+
+def test_the_head_of_whisper_follows_its_embedding(tmp_path):
+    kind = "WhisperForConditionalGeneration"
+    config = {"model_type": "whisper", "architectures": [kind], "is_encoder_decoder": True}
+    held = {"model.decoder.embed_tokens.weight": torch.ones(6, 4)}
     base = handmade(tmp_path / "base", config, **held)
     tuned = handmade(tmp_path / "tuned", config, **{k: 2 * v for k, v in held.items()})
-    with pytest.raises(MismatchError, match=r"shared\.weight is changed, and no adapter of peft"):
-        extracted(base, tuned, tmp_path / "out", rank=1)
-    done = extracted(base, tuned, tmp_path / "out", rank=1, rest="drop")
+    out = tmp_path / "out"
+    extracted(base, tuned, out, rank=1)
+    head = "base_model.model.proj_out.weight"
+    assert list(tensors(out)) == ["base_model.model.model.decoder.embed_tokens.weight", head]
+    back = {"merge_method": "passthrough", "models": [{"model": f"{base}+{out}"}]}
+    merge(back, tmp_path / "in")
+    assert tensors(tmp_path / "in").keys() == held.keys()
+    reference = {"model": str(base), "lora": [{"path": str(out), "weight": 0}]}
+    done = merge({**back, "models": [{"model": reference}]}, tmp_path / "none")
+    assert dropped(done, "input-2").keys() == tensors(out).keys()
+
+
+def test_programs_of_an_unknown_task_are_said_to_name_modules_as_they_like(tmp_path):
+    config = {"model_type": "t5", "architectures": ["T5ForConditionalGeneration"]}
+    held = {"encoder.block.0.wi.weight": torch.eye(4)}
+    base = handmade(tmp_path / "base", config, **held)
+    tuned = handmade(tmp_path / "tuned", config, **{k: 2 * v for k, v in held.items()})
+    done = extracted(base, tuned, tmp_path / "out", rank=1)
     assert any("a program that calls those of T5" in note for note in done.plan.notes)
 
 

@@ -13,8 +13,9 @@ from merge_kit.errors import MismatchError
 from merge_kit.plan.base_copies import Settled, settle
 from merge_kit.plan.base_names import made_for_another
 from merge_kit.plan.changes import alone, difference
-from merge_kit.plan.fitting import Fitter
+from merge_kit.plan.fitting import Fitter, Touch
 from merge_kit.plan.models import Changed, Held, Ingredient, Model, Overlay, Part
+from merge_kit.plan.repeats import Repeats, repeats_of
 from merge_kit.plan.sources import Source, Stored
 from merge_kit.plan.untied import ByTensor, part_ties, ties_of
 from merge_kit.plan.versions import Version, combined, refuse_doubles
@@ -54,16 +55,20 @@ class _Maker:
         self.tensors = dict(model.tensors)
         self.made_of: dict[str, tuple[Ingredient, ...]] = {}
         self.changed: dict[str, Changed] = {}
+        self.repeats: dict[str, list[Ingredient]] = {}
 
     def make(self) -> Model:
         """Return the model with the adapters applied."""
         _refuse_quantised(self.model)
-        touched, idle = ByTensor(), ByTensor()
+        touched, idle, agreed = ByTensor(), ByTensor(), set()
         for adapter, weight in self.adapters:
-            for touch in Fitter(adapter, self.model, self.ties.heads).touches():
+            repeats = repeats_of(adapter, self.model, self.ties)
+            agreed |= {adapter} if repeats.of_head else set()
+            for touch in Fitter(adapter, self.model, self.ties.heads, repeats.saved).touches():
                 into = touched if weight else idle
                 into.setdefault(touch.tensor, {}).setdefault(adapter, []).append(touch.what)
-        parted = part_ties(self.ties, touched)
+                self._note_repeats(adapter, touch, repeats)
+        parted = part_ties(self.ties, touched, agreed)
         for name, whats in touched.items():
             self._add(name, [Version(m, self.weights[m], tuple(ws)) for m, ws in whats.items()])
         for name, whats in idle.items():
@@ -84,6 +89,14 @@ class _Maker:
             overlay=overlay,
         )
 
+    def _note_repeats(self, adapter: Model, touch: Touch, repeats: Repeats) -> None:
+        """Keep in mind which tensors of an adapter repeat one that touches the model."""
+        for one, owner in repeats.left:
+            if owner is touch.what:
+                why = f"it repeats {owner.stored.spec.name}"
+                left = Ingredient(adapter, one.stored.spec.name, "dropped", why)
+                self.repeats.setdefault(touch.tensor, []).append(left)
+
     def _add(self, name: str, versions: list[Version]) -> None:
         below = name if name in self.model.tensors else self.ties.embedding
         held = self.model.tensors[below]
@@ -91,7 +104,8 @@ class _Maker:
         settled = settle(held.source, versions, self.model)
         refuse_doubles(name, spec, settled.versions)
         self.tensors[name] = Held(held.component, spec, combined(settled.under, settled.versions))
-        self.made_of[name] = tuple(_ingredients(self.model, below, settled, spec))
+        made_of = _ingredients(self.model, below, settled, spec)
+        self.made_of[name] = (*made_of, *self.repeats.get(name, ()))
         if all(version.is_sum for version in settled.versions):
             changes = tuple(change for version in settled.versions for change in version.weighted)
             self.changed[name] = Changed(settled.under, changes)
@@ -102,6 +116,9 @@ class _Maker:
         if at not in self.made_of:
             self.made_of[at] = (Ingredient(self.model, at, "copied"),)
             self.changed[at] = Changed(self.tensors[at].source, ())
+        self.made_of[at] += (
+            *(one for one in self.repeats.get(name, ()) if one not in self.made_of[at]),
+        )
         self.made_of[at] += tuple(
             Ingredient(version.adapter, tensor, "dropped", "its weight is 0")
             for version in versions

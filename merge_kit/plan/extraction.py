@@ -103,7 +103,7 @@ def _odd_keys(stage: Stage) -> str:
 def _nothing(stage: Stage, base: Model, tuned: Model, *, left_out: bool) -> PlanError:
     problem, hint = "are equal in every tensor: there is no adapter", "name another model"
     if left_out:
-        problem, hint = "differ only in what is left out", "set rest: save to store it whole"
+        problem, hint = "differ only in what is left out", "rest: save stores what can be whole"
     return PlanError(f"{tuned.label} and {base.label} {problem}", where=str(stage.mark), hint=hint)
 
 

@@ -135,7 +135,7 @@ def _fate(
     pair: Pair, factored: Collection[str], held: Collection[int], dropped: Collection[str]
 ) -> tuple[What, str]:
     """Return what becomes of the model's tensor of a pair, and why it is dropped."""
-    if pair.tuned is None:
+    if pair.is_computed:
         return "dropped", "programs compute it"
     if pair.kind and pair.module in factored:
         return "merged", ""

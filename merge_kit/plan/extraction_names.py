@@ -58,7 +58,7 @@ _OF_VISUAL = (("visual.", "model.visual."), ("model.", "model.language_model."))
 _OF_NEOX = (("embed_out.", "lm_head."),)
 """What files of GPT-NeoX call the head, and what programs do today."""
 
-_TURNED = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp")
+TURNED = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp")
 _TURNED_LEAVES = ("c_attn", "c_proj", "c_fc", "q_attn")
 """Modules of these types that store their weights as (in, out)."""
 
@@ -146,7 +146,7 @@ def module_now(module: str) -> str:
 def is_turned(config: Mapping[str, Any] | None, module: str) -> bool:
     """Return whether a module stores its weight as (in, out)."""
     kind = str((config or {}).get("model_type", ""))
-    return kind in _TURNED and module.rpartition(".")[2] in _TURNED_LEAVES
+    return kind in TURNED and module.rpartition(".")[2] in _TURNED_LEAVES
 
 
 def factored_kind(name: str, spec: TensorSpec) -> Kind | None:

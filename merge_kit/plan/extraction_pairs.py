@@ -58,10 +58,21 @@ class Pair:
         return self.name.rpartition(".")[2]
 
     @property
+    def is_computed(self) -> bool:
+        """Whether only one of the two has it, and programs compute it."""
+        if self.base is not None:
+            return self.tuned is None
+        assert self.tuned is not None  # one of the two is there
+        is_mask = len(self.tuned.spec.shape) > 1 or not self.name.endswith(".bias")
+        return is_mask and self.name.endswith(_BUFFERS)
+
+    @property
     def known(self) -> Literal["equal", "different", "unknown"]:
         """What headers say of whether it is changed."""
+        if self.is_computed:
+            return "equal"
         if self.base is None or self.tuned is None:
-            return "equal" if self.tuned is None else "different"
+            return "different"
         if self.base.spec.shape != self.tuned.spec.shape:
             return "different"
         return "equal" if self.base.source == self.tuned.source else "unknown"

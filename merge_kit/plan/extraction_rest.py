@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from merge_kit.architecture.ties import embedding_for, is_head, is_tied
+from merge_kit.architecture.ties import embedding_for, head_name, is_tied
 from merge_kit.errors import MergeKitError, MismatchError
 from merge_kit.plan.extraction_names import architecture
 from merge_kit.plan.extraction_pairs import SHOWN, Pair
 from merge_kit.plan.models import Held, Model
 
 _PREFIX = "base_model.model."
-_HEADS = {"gpt_neox_japanese": "embed_out"}
+_HEADS = {"gpt_neox_japanese": "embed_out", "whisper": "proj_out"}
 """What programs call the head, by model_type; "lm_head" for all others."""
 
 
@@ -61,9 +61,8 @@ def rest_of(
     wanted = {pair.module for pair in saved if pair.leaf != "bias"}
     chosen = modules.around(wanted)
     clashes = [m for m in chosen if m not in wanted and not modules.holds(m)]
-    tie = _Tie(*models, pairs, saved)
     outcasts = {pair.name: why for pair in saved if (why := modules.why_not(pair))}
-    outcasts |= dict.fromkeys(clashes, _BESIDE) | {p.name: _SHARED for p in tie.broken}
+    outcasts |= dict.fromkeys(clashes, _BESIDE)
     _cannot(rest, outcasts, tuned)
     for module in chosen:
         if modules.holds(module):
@@ -71,9 +70,9 @@ def rest_of(
             for pair in modules.members(module):
                 assert pair.tuned is not None  # members have it
                 rest.whole[f"{_PREFIX}{module}.{pair.leaf}"] = pair.tuned
-    if tie.head is not None:
-        rest.modules.append(tie.head[0])
-        rest.whole[f"{_PREFIX}{tie.head[0]}.weight"] = tie.head[1]
+    for module, held in _tied(models[0], pairs, saved):
+        rest.modules.append(module)
+        rest.whole[f"{_PREFIX}{module}.weight"] = held
     for pair in saved:
         if pair.leaf == "bias" and pair.module not in rest.modules and pair.tuned is not None:
             inside = ".base_layer" if pair.module in factored else ""
@@ -85,7 +84,6 @@ def rest_of(
 _BESIDE = "peft stores modules whole, and it is beside modules or beside factors"
 _ELSEWHERE = "an adapter is of one program, and it is of another folder"
 _LACKING = "the module has none in the base, and peft adds none"
-_SHARED = "an encoder and a decoder share it, and peft would replace it outside them alone"
 """Why no adapter can hold a tensor."""
 
 
@@ -130,33 +128,40 @@ def _above(module: str) -> Iterator[str]:
         yield module
 
 
-class _Tie:
-    """A head that is the embedding, which is stored whole: as two modules for peft.
+def _tied(base: Model, pairs: Sequence[Pair], saved: Sequence[Pair]) -> Iterator[tuple[str, Held]]:
+    """Yield modules that have an embedding's weight too, and no tensor of their own in files.
 
-    Attributes:
-        head: The head's module and what it becomes, None if there is none to add.
-        broken: Changed embeddings that are more than one module, and that no adapter can hold.
+    peft replaces modules, not weights: a new embedding reaches those that are tied to it only where
+    each of them is stored whole as well.
     """
+    names = {pair.name for pair in pairs}
+    embedding = _of_head(base, names)
+    for pair in saved:
+        if pair.tuned is None:
+            continue
+        lead = pair.module.removesuffix("shared")
+        if pair.name.endswith(_SHARED) and lead != pair.module:
+            for side in (f"{lead}encoder.", f"{lead}decoder."):
+                is_there = any(other.module.startswith(side) for other in pairs)
+                module = f"{side}embed_tokens"
+                if is_there and all(other.module != module for other in pairs):
+                    yield module, pair.tuned
+        if pair.name == embedding:
+            kind = str((base.config or {}).get("model_type"))
+            yield _HEADS.get(kind, "lm_head"), pair.tuned
 
-    def __init__(
-        self, base: Model, tuned: Model, pairs: Sequence[Pair], saved: Sequence[Pair]
-    ) -> None:
-        self.head: tuple[str, Held] | None = None
-        self.broken: list[Pair] = []
-        config = base.config or {}
-        if is_tied(base.config) is not True or any(is_head(pair.name) for pair in pairs):
-            return
-        head = _HEADS.get(str(config.get("model_type")), "lm_head")
-        embedding = embedding_for(f"{head}.weight", base.specs)
-        pair = next((pair for pair in saved if pair.name == embedding), None)
-        kind = architecture(base.config)
-        if pair is None or pair.tuned is None or not kind.endswith(_WITH_HEAD):
-            return
-        if config.get("is_encoder_decoder"):
-            self.broken.append(pair)
-        else:
-            self.head = head, pair.tuned
-        del tuned
+
+_SHARED = "shared.weight"
+"""End of the name of an embedding that an encoder and a decoder have both."""
+
+
+def _of_head(base: Model, names: Collection[str]) -> str | None:
+    """Return the embedding that is the head of a base too, None if the head has its own tensor."""
+    if is_tied(base.config) is not True or head_name(names) is not None:
+        return None
+    if not architecture(base.config).endswith(_WITH_HEAD):
+        return None
+    return embedding_for("lm_head.weight", base.specs)
 
 
 _WITH_HEAD = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")

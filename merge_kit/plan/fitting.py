@@ -14,14 +14,13 @@ from merge_kit.io.adapter_values import Saved, TokenRows, Update
 from merge_kit.io.strict_json import shown
 from merge_kit.plan.adapter_names import Matches, match_kohya, match_names
 from merge_kit.plan.changes import Change, Lie
+from merge_kit.plan.extraction_names import TURNED, is_turned
 from merge_kit.plan.models import Model
 from merge_kit.plan.split_experts import Pieces, expert_lie, fused_experts
 
 SHOWN = 5
 """Names that an error lists."""
 
-_CONV1D = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp")
-_CONV1D_LEAVES = ("c_attn", "c_proj", "c_fc", "q_attn")
 _WEIGHTS = (".weight", ".in_proj_weight", "")
 """What a module's path is continued by to the name of its weight."""
 
@@ -43,11 +42,15 @@ class Fitter:
 
     Args:
         heads: Heads that a tied model does not store, with the spec that they would have.
+        saved: What of the adapter's whole tensors counts.
     """
 
-    def __init__(self, adapter: Model, model: Model, heads: Mapping[str, TensorSpec]) -> None:
+    def __init__(
+        self, adapter: Model, model: Model, heads: Mapping[str, TensorSpec], saved: Sequence[Saved]
+    ) -> None:
         assert adapter.adapter is not None
         self.label, self.adapter, self.model = adapter.label, adapter.adapter, model
+        self.saved = saved
         self._specs = {**model.specs, **heads}
         self._shapes = {name: spec.shape for name, spec in self._specs.items()}
         self._fused: Mapping[str, Pieces] = {}
@@ -73,7 +76,7 @@ class Fitter:
         for name in {touch.tensor: None for touch in touched}:
             if not is_float(self._specs[name].dtype):
                 self._misfits.append(f"{name} holds {self._specs[name].dtype}, no floats")
-        touched += [self._saved(saved, others[saved.tensor]) for saved in self.adapter.saved]
+        touched += [self._saved(saved, others[saved.tensor]) for saved in self.saved]
         touched += [self._rows(r, others[f"{r.module}.weight"]) for r in self.adapter.rows]
         if self._misfits:
             count, shown = len(self._misfits), "; ".join(self._misfits[:SHOWN])
@@ -97,7 +100,7 @@ class Fitter:
         return "name the model that it was made for"
 
     def _whole_names(self) -> Iterator[str]:
-        yield from (saved.tensor for saved in self.adapter.saved)
+        yield from (saved.tensor for saved in self.saved)
         yield from (f"{rows.module}.weight" for rows in self.adapter.rows)
 
     def _weights(self) -> Mapping[str, str]:
@@ -190,9 +193,7 @@ class Fitter:
 
     def _is_conv1d(self, update: Update) -> bool:
         """Return whether the module is one that stores its weight (in, out), as GPT-2 has it."""
-        model_type = str((self.model.config or {}).get("model_type"))
-        leaf = update.module.rpartition(".")[2]
-        return model_type in _CONV1D and leaf in _CONV1D_LEAVES
+        return is_turned(self.model.config, update.module)
 
     def _is_turned(self, update: Update) -> bool:
         """Return whether a square weight is stored (in, out).
@@ -202,7 +203,7 @@ class Fitter:
         """
         if self._is_conv1d(update):
             return True
-        known = str((self.model.config or {}).get("model_type")) in _CONV1D
+        known = str((self.model.config or {}).get("model_type")) in TURNED
         return update.transposed and self._flag_means and not known
 
     def _contradicts(self, update: Update, weights: Mapping[str, str]) -> bool:

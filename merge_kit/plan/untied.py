@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 
 from merge_kit.architecture.ties import embedding_for, head_name, is_tied
@@ -73,11 +73,14 @@ def _head_beside(embedding: str) -> str:
     return inner + _HEAD if embedding.startswith(f"{inner}model.") else _HEAD
 
 
-def part_ties(ties: Ties, touched: ByTensor) -> bool:
+def part_ties(ties: Ties, touched: ByTensor, agreed: Collection[Model] = ()) -> bool:
     """Give head and embedding what each is changed by; return whether they now differ.
 
     Rows of tokens, and the weight that lies below an update, are those of both. An update changes
     one side alone, as it did in training, unless the adapter says `ensure_weight_tying`.
+
+    Args:
+        agreed: Adapters that hold the two whole, and equal.
 
     Raises:
         MismatchError: If they differ and cannot be parted.
@@ -88,11 +91,16 @@ def part_ties(ties: Ties, touched: ByTensor) -> bool:
     if not below and not above:
         return False
     alike = not above and all(
-        _is_shared(what, adapter) for adapter, whats in below.items() for what in whats
+        adapter in agreed or _is_shared(what, adapter)
+        for adapter, whats in below.items()
+        for what in whats
     )
     if not alike:
         _check(ties, below or above, named=bool(above))
-    followed = {model: [w for w in ws if _is_shared(w, model)] for model, ws in below.items()}
+    followed = {
+        model: [w for w in ws if model in agreed or _is_shared(w, model)]
+        for model, ws in below.items()
+    }
     leading = {model: [w for w in ws if _is_below(w)] for model, ws in above.items()}
     if not alike or ties.is_stored:
         touched[ties.head] = _joined(above, followed)
