@@ -21,7 +21,7 @@ from transformers import (
 
 from merge_kit import merge, plan
 from merge_kit.errors import MergeKitError, MismatchError, PlanError
-from merge_kit.plan import extraction_looks
+from merge_kit.plan.extracting import looks
 from tests.adapters.makers import (
     answers,
     load_adapted,
@@ -314,7 +314,7 @@ def test_rest_is_refused_when_it_is_found_with_the_first_names(tmp_path, bases):
 
 @pytest.mark.parametrize("piece", [1 << 21, 5])
 def test_rest_is_dropped_by_name_and_said_so(tmp_path, bases, monkeypatch, piece):
-    monkeypatch.setattr(extraction_looks, "PIECE", piece)
+    monkeypatch.setattr(looks, "PIECE", piece)
     tuned = edited(bases(), tmp_path / "tuned", {QUERY: low_rank(2), NORM: lambda t: t + 0.5})
     done = extracted(bases(), tuned, tmp_path / "out", rank=2, rest="drop")
     assert len(tensors(tmp_path / "out")) == 2

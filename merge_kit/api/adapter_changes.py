@@ -11,7 +11,7 @@ from merge_kit.api.shared_modules import aligned, by_module
 from merge_kit.core.tensors import TensorSpec
 from merge_kit.errors import MismatchError, UsageError
 from merge_kit.io.adapter_values import Adapter, Update
-from merge_kit.plan.changes import Change, Lie
+from merge_kit.plan.applying.changes import Change, Lie
 from merge_kit.plan.findings import Findings
 from merge_kit.plan.models import Held, Model, Part
 from merge_kit.plan.sources import Generated

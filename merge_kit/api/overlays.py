@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from merge_kit.core.dtypes import is_float
 from merge_kit.errors import UsageError
 from merge_kit.io.values import WeightFile
-from merge_kit.plan.applied import apply_adapters, change_from
+from merge_kit.plan.applying.applied import apply_adapters, change_from
 from merge_kit.plan.models import Held, Model
 from merge_kit.plan.sources import Sum
 

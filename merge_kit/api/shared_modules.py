@@ -8,8 +8,8 @@ from dataclasses import replace
 
 from merge_kit.errors import MismatchError
 from merge_kit.io.adapter_values import Adapter, Update
-from merge_kit.plan.adapter_groups import Member
-from merge_kit.plan.adapter_prefixes import with_one_prefix
+from merge_kit.plan.adapters.groups import Member
+from merge_kit.plan.adapters.prefixes import with_one_prefix
 from merge_kit.plan.findings import Findings
 from merge_kit.plan.models import from_adapter
 from merge_kit.recipe.values import NO_PARAMETERS, Entry, Mark, ModelRef

@@ -10,7 +10,7 @@ from merge_kit.architecture.quantised import quantisation_problem
 from merge_kit.errors import MergeKitError, MismatchError
 from merge_kit.io.side_files import OF_COURSE
 from merge_kit.plan.accounts import fates
-from merge_kit.plan.adapter_made import AdapterPlan
+from merge_kit.plan.adapters.made import AdapterPlan
 from merge_kit.plan.assemble import Assembly
 from merge_kit.plan.chains import Chains
 from merge_kit.plan.configs import result_parts

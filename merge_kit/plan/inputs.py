@@ -13,7 +13,7 @@ from merge_kit.io.adapter import is_adapter, open_adapter
 from merge_kit.io.checkpoint import open_checkpoint
 from merge_kit.io.strict_json import shown
 from merge_kit.methods.registry import find as find_method
-from merge_kit.plan.applied import apply_adapters
+from merge_kit.plan.applying.applied import apply_adapters
 from merge_kit.plan.models import Model, from_adapter, from_checkpoint
 from merge_kit.plan.values import PlanInput
 from merge_kit.recipe.references import adapter_reference

@@ -6,8 +6,9 @@ from collections.abc import Iterator, Sequence
 
 from merge_kit.errors import MergeKitError, PlanError
 from merge_kit.methods.registry import find
-from merge_kit.plan.adapter_made import AdapterPlan
-from merge_kit.plan.adapter_stage import adapter_stage
+from merge_kit.plan.adapters.made import AdapterPlan
+from merge_kit.plan.adapters.stage import adapter_stage
+from merge_kit.plan.extracting.stage import extraction
 from merge_kit.plan.findings import Findings
 from merge_kit.plan.inputs import Inputs
 from merge_kit.plan.values import Fitted
@@ -52,9 +53,6 @@ def plan_adapters(
     Raises:
         MergeKitError: Whatever is wrong with it.
     """
-    plan = adapter_stage
-    if getattr(find(stage.merge_method), "works_on", "") == "difference":
-        from merge_kit.plan.extraction import extraction  # noqa: PLC0415  (it plans like this does)
-
-        plan = extraction
+    differs = getattr(find(stage.merge_method), "works_on", "") == "difference"
+    plan = extraction if differs else adapter_stage
     return plan(stage, inputs, findings, seed=seed, number=number, fitted=fitted)

@@ -19,7 +19,7 @@ from merge_kit.architecture.stacks import (
 from merge_kit.core.tensors import TensorSpec
 from merge_kit.io.adapter_values import Adapter
 from merge_kit.io.values import Checkpoint
-from merge_kit.plan.changes import Change
+from merge_kit.plan.applying.changes import Change
 from merge_kit.plan.sources import Source, Stored
 
 
@@ -101,7 +101,7 @@ class Model:
         adapter: What it changes, if it is an adapter; its tensors are those of its file.
         overlay: What it is made of, if it is a model with adapters applied: it has the key and the
             checkpoint of that model.
-        overlays: Models with this one below, by adapters and weights; see `plan.applied`.
+        overlays: Models with this one below, by adapters and weights; see `plan.applying.applied`.
     """
 
     key: str

@@ -14,7 +14,7 @@ from merge_kit.methods.base import MergeMethod, PerModel
 from merge_kit.methods.linear import Linear
 from merge_kit.methods.passthrough import Passthrough
 from merge_kit.methods.registry import parameters
-from merge_kit.plan.applied import change_from
+from merge_kit.plan.applying.applied import change_from
 from merge_kit.plan.evaluate import Evaluator
 from merge_kit.plan.evidence import Aux, Evidence
 from merge_kit.plan.items import Item, Part

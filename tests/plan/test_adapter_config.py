@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from merge_kit.errors import PlanError
-from merge_kit.plan.adapter_config import adapter_config_text
-from merge_kit.plan.adapter_made import OutModule
+from merge_kit.plan.adapters.config import adapter_config_text
+from merge_kit.plan.adapters.made import OutModule
 
 
 class Attention(nn.Module):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from merge_kit.plan.adapter_names import match_kohya, match_names
-from merge_kit.plan.split_experts import expert_lie, fused_experts
+from merge_kit.plan.applying.names import match_kohya, match_names
+from merge_kit.plan.applying.split_experts import expert_lie, fused_experts
 
 ATTENTION = ("self_attn.q_proj.weight", "self_attn.v_proj.weight")
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 import merge_kit as mk
 from merge_kit import MergeKitError, merge, plan
 from merge_kit.io.adapter import open_adapter
-from merge_kit.plan.adapter_heads import verdict
+from merge_kit.plan.adapters.heads import verdict
 from tests.plan.adapters_by_hand import adapter, factors
 
 ATTENTION, DOWN = "self_attn.q_proj", "mlp.down_proj"

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
+from merge_kit.architecture.turned import is_turned
 from merge_kit.core.tensors import TensorSpec
-from merge_kit.plan.extraction_names import (
+from merge_kit.plan.extracting.names import (
     factored_kind,
     is_expert,
-    is_turned,
     naming,
     short_targets,
     task_type,

@@ -10,8 +10,8 @@ from merge_kit.core.dtypes import is_float
 from merge_kit.core.tensors import TensorSpec
 from merge_kit.errors import MismatchError
 from merge_kit.io.adapter_values import Saved, TokenRows
-from merge_kit.plan.changes import Change, stored
-from merge_kit.plan.fitting import What
+from merge_kit.plan.applying.changes import Change, stored
+from merge_kit.plan.applying.fitting import What
 from merge_kit.plan.models import Model
 from merge_kit.plan.sources import Concat, Rows, Source, Sum
 

@@ -6,9 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from merge_kit.architecture.vocab import is_tokenizer_file
 from merge_kit.errors import MergeKitError, MismatchError
-from merge_kit.plan.adapter_config import Bias, adapter_config_text
-from merge_kit.plan.adapter_groups import Member
-from merge_kit.plan.adapter_made import OutModule
+from merge_kit.plan.adapters.config import Bias, adapter_config_text
+from merge_kit.plan.adapters.groups import Member
+from merge_kit.plan.adapters.made import OutModule
 from merge_kit.plan.models import full_name
 from merge_kit.plan.values import SideFile
 

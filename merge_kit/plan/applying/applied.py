@@ -10,15 +10,15 @@ from merge_kit.architecture.config import with_tied
 from merge_kit.architecture.quantised import quantisation_problem
 from merge_kit.core.tensors import TensorSpec
 from merge_kit.errors import MismatchError
-from merge_kit.plan.base_copies import Settled, settle
-from merge_kit.plan.base_names import made_for_another
-from merge_kit.plan.changes import alone, difference
-from merge_kit.plan.fitting import Fitter, Touch
+from merge_kit.plan.applying.base_copies import Settled, settle
+from merge_kit.plan.applying.base_names import made_for_another
+from merge_kit.plan.applying.changes import alone, difference
+from merge_kit.plan.applying.fitting import Fitter, Touch
+from merge_kit.plan.applying.repeats import Repeats, repeats_of
+from merge_kit.plan.applying.untied import ByTensor, part_ties, ties_of
+from merge_kit.plan.applying.versions import Version, combined, refuse_doubles
 from merge_kit.plan.models import Changed, Held, Ingredient, Model, Overlay, Part
-from merge_kit.plan.repeats import Repeats, repeats_of
 from merge_kit.plan.sources import Source, Stored
-from merge_kit.plan.untied import ByTensor, part_ties, ties_of
-from merge_kit.plan.versions import Version, combined, refuse_doubles
 
 Applied = tuple[Model, float]
 

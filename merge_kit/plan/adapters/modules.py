@@ -11,12 +11,12 @@ from merge_kit.core.dtypes import promoted
 from merge_kit.core.tensors import StoredTensor, TensorSpec
 from merge_kit.errors import PlanError
 from merge_kit.methods.passthrough import Passthrough
-from merge_kit.plan.adapter_factors import halved, is_exact, scaled, stacked_a, stacked_b, stored
-from merge_kit.plan.adapter_ledger import Ledger
-from merge_kit.plan.adapter_made import OutModule
-from merge_kit.plan.adapter_names_out import TensorNames, module_names
-from merge_kit.plan.adapter_styles import Form
-from merge_kit.plan.adapter_terms import Combination, Term
+from merge_kit.plan.adapters.factors import halved, is_exact, scaled, stacked_a, stacked_b, stored
+from merge_kit.plan.adapters.ledger import Ledger
+from merge_kit.plan.adapters.made import OutModule
+from merge_kit.plan.adapters.names_out import TensorNames, module_names
+from merge_kit.plan.adapters.styles import Form
+from merge_kit.plan.adapters.terms import Combination, Term
 from merge_kit.plan.models import full_name
 from merge_kit.plan.sources import Generated, Source, Stored, Sum
 from merge_kit.plan.values import ModuleRank, Step, Target

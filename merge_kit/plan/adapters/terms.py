@@ -10,7 +10,7 @@ from merge_kit.architecture.stacks import find_stacks
 from merge_kit.errors import ParameterError, RecipeError
 from merge_kit.methods.base import PerModel
 from merge_kit.methods.updates import AdapterMethod
-from merge_kit.plan.adapter_groups import Change, Member, ModuleGroup
+from merge_kit.plan.adapters.groups import Change, Member, ModuleGroup
 from merge_kit.plan.assemble import depth
 from merge_kit.plan.evaluate import Evaluator
 from merge_kit.plan.inputs import Inputs

@@ -9,10 +9,10 @@ from merge_kit.core.dtypes import promoted
 from merge_kit.core.tensors import TensorSpec
 from merge_kit.errors import CheckpointError, MismatchError
 from merge_kit.methods.base import MergeMethod
-from merge_kit.plan.adapter_factors import factor_pair, formed, scaled, stored, upright
-from merge_kit.plan.adapter_groups import Change
-from merge_kit.plan.adapter_modules import Modules
-from merge_kit.plan.adapter_terms import Combination, Term
+from merge_kit.plan.adapters.factors import factor_pair, formed, scaled, stored, upright
+from merge_kit.plan.adapters.groups import Change
+from merge_kit.plan.adapters.modules import Modules
+from merge_kit.plan.adapters.terms import Combination, Term
 from merge_kit.plan.models import full_name
 from merge_kit.plan.sources import Generated, Merged, Source
 from merge_kit.plan.steps import FLOAT64_MODELS

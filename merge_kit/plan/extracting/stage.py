@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 from merge_kit.architecture.quantised import quantisation_problem
 from merge_kit.errors import MismatchError, PlanError
-from merge_kit.plan.adapter_made import AdapterPlan
-from merge_kit.plan.extraction_files import fates, files, notes
-from merge_kit.plan.extraction_pairs import Pairs
-from merge_kit.plan.extraction_steps import Maker
+from merge_kit.plan.adapters.made import AdapterPlan
+from merge_kit.plan.extracting.files import fates, files, notes
+from merge_kit.plan.extracting.pairs import Pairs
+from merge_kit.plan.extracting.steps import Maker
 from merge_kit.plan.findings import Findings
 from merge_kit.plan.inputs import Inputs
 from merge_kit.plan.models import Model, Part

@@ -8,9 +8,9 @@ from dataclasses import replace
 from typing import Any, Literal
 
 from merge_kit.io.adapter_values import Style
-from merge_kit.plan.adapter_config import adapter_config_text
-from merge_kit.plan.adapter_groups import Member
-from merge_kit.plan.adapter_made import OutModule
+from merge_kit.plan.adapters.config import adapter_config_text
+from merge_kit.plan.adapters.groups import Member
+from merge_kit.plan.adapters.made import OutModule
 
 Form = Literal["config", "metadata", "alphas", "none"]
 """adapter_config.json; the same in the file's own metadata, for each component of a pipeline; a

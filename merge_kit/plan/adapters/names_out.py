@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 
 from merge_kit.errors import MismatchError
 from merge_kit.io.adapter_values import Style, Update
-from merge_kit.plan.adapter_groups import Member, ModuleGroup
+from merge_kit.plan.adapters.groups import Member, ModuleGroup
 
 PREFIX = "base_model.model."
 _ALPHA = re.compile(r"[._]lora[._](?:A|down)\.weight$")

@@ -58,10 +58,6 @@ _OF_VISUAL = (("visual.", "model.visual."), ("model.", "model.language_model."))
 _OF_NEOX = (("embed_out.", "lm_head."),)
 """What files of GPT-NeoX call the head, and what programs do today."""
 
-TURNED = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp")
-_TURNED_LEAVES = ("c_attn", "c_proj", "c_fc", "q_attn")
-"""Modules of these types that store their weights as (in, out)."""
-
 _TABLE = re.compile(r"embed|^wte$|^wpe$|^shared$|position|token_type|attention_bias$")
 _ROUTERS = ("gate", "router", "shared_expert_gate")
 _EXPERT = re.compile(r"\.experts\.\d+\.")
@@ -141,12 +137,6 @@ def module_now(module: str) -> str:
     For what is stored whole: peft translates the names of factors by itself.
     """
     return module.replace(".block_sparse_moe.", ".mlp.")
-
-
-def is_turned(config: Mapping[str, Any] | None, module: str) -> bool:
-    """Return whether a module stores its weight as (in, out)."""
-    kind = str((config or {}).get("model_type", ""))
-    return kind in TURNED and module.rpartition(".")[2] in _TURNED_LEAVES
 
 
 def factored_kind(name: str, spec: TensorSpec) -> Kind | None:

@@ -5,24 +5,24 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from merge_kit.errors import MergeKitError, ParameterError, RecipeError
-from merge_kit.plan.adapter_bases import check_bases
-from merge_kit.plan.adapter_compress import Compressor
-from merge_kit.plan.adapter_files import (
+from merge_kit.plan.adapters.bases import check_bases
+from merge_kit.plan.adapters.compress import Compressor
+from merge_kit.plan.adapters.files import (
     config_file,
     config_problems,
     same_config,
     tokenizer_files,
 )
-from merge_kit.plan.adapter_groups import Member, groups, members, problems
-from merge_kit.plan.adapter_ledger import Ledger
-from merge_kit.plan.adapter_made import AdapterPlan
-from merge_kit.plan.adapter_modules import Modules
-from merge_kit.plan.adapter_names_out import common_style
-from merge_kit.plan.adapter_prefixes import with_one_prefix
-from merge_kit.plan.adapter_results import Result, first_biased, refused_keys, result_of, unfit
-from merge_kit.plan.adapter_saved import Whole
-from merge_kit.plan.adapter_styles import METADATA, form_of, metadata_text, stem_of
-from merge_kit.plan.adapter_terms import Combination, Terms, uses
+from merge_kit.plan.adapters.groups import Member, groups, members, problems
+from merge_kit.plan.adapters.ledger import Ledger
+from merge_kit.plan.adapters.made import AdapterPlan
+from merge_kit.plan.adapters.modules import Modules
+from merge_kit.plan.adapters.names_out import common_style
+from merge_kit.plan.adapters.prefixes import with_one_prefix
+from merge_kit.plan.adapters.results import Result, first_biased, refused_keys, result_of, unfit
+from merge_kit.plan.adapters.saved import Whole
+from merge_kit.plan.adapters.styles import METADATA, form_of, metadata_text, stem_of
+from merge_kit.plan.adapters.terms import Combination, Terms, uses
 from merge_kit.plan.findings import Findings
 from merge_kit.plan.inputs import Inputs
 from merge_kit.plan.models import Part

@@ -8,14 +8,14 @@ from math import prod
 from typing import Literal
 
 from merge_kit.architecture.ties import is_head
+from merge_kit.architecture.turned import is_turned
 from merge_kit.errors import MergeKitError, MismatchError
 from merge_kit.io.adapter_values import Kind
-from merge_kit.plan.adapter_names import match_names
+from merge_kit.plan.applying.names import match_names
 from merge_kit.plan.assemble import tied_embedding
-from merge_kit.plan.extraction_names import (
+from merge_kit.plan.extracting.names import (
     Naming,
     factored_kind,
-    is_turned,
     module_now,
     naming,
 )

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from merge_kit.architecture.ties import head_name
 from merge_kit.io.adapter_bytes import same_bytes
 from merge_kit.io.adapter_values import Saved
+from merge_kit.plan.applying.untied import Ties
 from merge_kit.plan.models import Model
-from merge_kit.plan.untied import Ties
 
 _SHARED = "shared.weight"
 _SIDES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from merge_kit.architecture.config import Edit, edit_config, read_config
 from merge_kit.errors import PlanError
-from merge_kit.plan.adapter_made import OutModule
+from merge_kit.plan.adapters.made import OutModule
 
 Bias = Literal["none", "all", "lora_only"]
 

@@ -10,11 +10,11 @@ from typing import Literal
 from merge_kit.architecture.config import Edit, edit_config
 from merge_kit.architecture.vocab import is_tokenizer_file
 from merge_kit.plan.accounts import ingredients
-from merge_kit.plan.adapter_config import Bias, adapter_config_text
-from merge_kit.plan.adapter_made import OutModule
-from merge_kit.plan.extraction_names import architecture, short_targets, task_type
-from merge_kit.plan.extraction_pairs import Pair, Pairs
-from merge_kit.plan.extraction_rest import Rest, shown
+from merge_kit.plan.adapters.config import Bias, adapter_config_text
+from merge_kit.plan.adapters.made import OutModule
+from merge_kit.plan.extracting.names import architecture, short_targets, task_type
+from merge_kit.plan.extracting.pairs import Pair, Pairs
+from merge_kit.plan.extracting.rest import Rest, shown
 from merge_kit.plan.inputs import Inputs
 from merge_kit.plan.models import Model
 from merge_kit.plan.side_files import lends_files

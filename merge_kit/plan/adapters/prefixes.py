@@ -17,8 +17,8 @@ from merge_kit.architecture.components import kind_of
 from merge_kit.architecture.stacks import outermost
 from merge_kit.architecture.ties import is_head
 from merge_kit.errors import MismatchError
-from merge_kit.plan.adapter_groups import Member
-from merge_kit.plan.adapter_heads import (
+from merge_kit.plan.adapters.groups import Member
+from merge_kit.plan.adapters.heads import (
     closest,
     component_of,
     is_same_module,

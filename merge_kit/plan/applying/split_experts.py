@@ -6,7 +6,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 
-from merge_kit.plan.changes import Lie
+from merge_kit.plan.applying.changes import Lie
 
 Pieces = tuple[tuple[str, ...], ...]
 """For each expert the tensors whose rows, one after the other, are its part of the fused one."""

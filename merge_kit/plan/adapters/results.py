@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from merge_kit.errors import MergeKitError, MismatchError, PlanError
-from merge_kit.plan.adapter_groups import Member, ModuleGroup
-from merge_kit.plan.adapter_terms import Combination, Terms, Use, active
+from merge_kit.plan.adapters.groups import Member, ModuleGroup
+from merge_kit.plan.adapters.terms import Combination, Terms, Use, active
 from merge_kit.recipe.values import Stage
 
 

@@ -7,16 +7,16 @@ from dataclasses import dataclass
 from math import prod
 
 from merge_kit.architecture.ties import embedding_for, is_head
+from merge_kit.architecture.turned import TURNED, is_turned
 from merge_kit.core.dtypes import is_float
 from merge_kit.core.tensors import TensorSpec
 from merge_kit.errors import MismatchError
 from merge_kit.io.adapter_values import Saved, TokenRows, Update
 from merge_kit.io.strict_json import shown
-from merge_kit.plan.adapter_names import Matches, match_kohya, match_names
-from merge_kit.plan.changes import Change, Lie
-from merge_kit.plan.extraction_names import TURNED, is_turned
+from merge_kit.plan.applying.changes import Change, Lie
+from merge_kit.plan.applying.names import Matches, match_kohya, match_names
+from merge_kit.plan.applying.split_experts import Pieces, expert_lie, fused_experts
 from merge_kit.plan.models import Model
-from merge_kit.plan.split_experts import Pieces, expert_lie, fused_experts
 
 SHOWN = 5
 """Names that an error lists."""

@@ -10,10 +10,10 @@ from merge_kit.core.dtypes import is_float, promoted
 from merge_kit.core.tensors import StoredTensor
 from merge_kit.errors import MergeKitError, MismatchError
 from merge_kit.methods.updates import AdapterMethod
-from merge_kit.plan.adapter_factors import stored
-from merge_kit.plan.adapter_groups import Member
-from merge_kit.plan.adapter_modules import Modules
-from merge_kit.plan.adapter_names_out import PREFIX, base_layer_name, with_prefix
+from merge_kit.plan.adapters.factors import stored
+from merge_kit.plan.adapters.groups import Member
+from merge_kit.plan.adapters.modules import Modules
+from merge_kit.plan.adapters.names_out import PREFIX, base_layer_name, with_prefix
 from merge_kit.plan.sources import Concat, Source, Sum
 
 _HINT = (

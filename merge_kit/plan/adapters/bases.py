@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 
 from merge_kit.errors import MismatchError
-from merge_kit.plan.adapter_groups import Member
+from merge_kit.plan.adapters.groups import Member
 from merge_kit.plan.findings import Findings
 
 _CACHED = re.compile(r".*models--(?:.+--)?(?P<name>.+?)/snapshots/[0-9a-f]+/*")

@@ -13,14 +13,14 @@ from merge_kit.core.tensors import TensorSpec
 from merge_kit.errors import MergeKitError
 from merge_kit.methods.lora_extract import LoraExtract
 from merge_kit.methods.passthrough import Passthrough
-from merge_kit.plan.adapter_made import OutModule
+from merge_kit.plan.adapters.made import OutModule
+from merge_kit.plan.applying.changes import alone
 from merge_kit.plan.assemble import depth
-from merge_kit.plan.changes import alone
 from merge_kit.plan.evaluate import Evaluator
-from merge_kit.plan.extraction_looks import compared, measured
-from merge_kit.plan.extraction_names import is_expert
-from merge_kit.plan.extraction_pairs import Pair, Pairs
-from merge_kit.plan.extraction_rest import Rest, rest_of
+from merge_kit.plan.extracting.looks import compared, measured
+from merge_kit.plan.extracting.names import is_expert
+from merge_kit.plan.extracting.pairs import Pair, Pairs
+from merge_kit.plan.extracting.rest import Rest, rest_of
 from merge_kit.plan.findings import Findings
 from merge_kit.plan.items import Item, Part
 from merge_kit.plan.models import Held

@@ -7,7 +7,7 @@ from typing import Literal
 
 from merge_kit.core.tensors import TensorSpec
 from merge_kit.methods.lora_extract import LoraExtract
-from merge_kit.plan.extraction_pairs import Pair
+from merge_kit.plan.extracting.pairs import Pair
 from merge_kit.plan.models import Held
 from merge_kit.plan.sources import Source, View
 from merge_kit.plan.values import Step, Target

@@ -9,7 +9,7 @@ from merge_kit.architecture.ties import embedding_for, head_name, is_tied
 from merge_kit.core.tensors import TensorSpec
 from merge_kit.errors import MismatchError
 from merge_kit.io.adapter_values import Saved, TokenRows
-from merge_kit.plan.fitting import What
+from merge_kit.plan.applying.fitting import What
 from merge_kit.plan.models import Model, full_name
 
 _WITH_HEAD = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 
 from merge_kit.architecture.ties import embedding_for, head_name, is_tied
 from merge_kit.errors import MergeKitError, MismatchError
-from merge_kit.plan.extraction_names import architecture
-from merge_kit.plan.extraction_pairs import SHOWN, Pair
+from merge_kit.plan.extracting.names import architecture
+from merge_kit.plan.extracting.pairs import SHOWN, Pair
 from merge_kit.plan.models import Held, Model
 
 _PREFIX = "base_model.model."

@@ -13,10 +13,10 @@ from itertools import combinations
 from merge_kit.core.tensors import StoredTensor, TensorSpec
 from merge_kit.io.adapter_bytes import same_bytes
 from merge_kit.io.adapter_values import Saved
-from merge_kit.plan.changes import stored
+from merge_kit.plan.applying.changes import stored
+from merge_kit.plan.applying.versions import Version, overlap
 from merge_kit.plan.models import Ingredient, Model
 from merge_kit.plan.sources import Source, Stored
-from merge_kit.plan.versions import Version, overlap
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,1 @@
+"""Adapters that are made of adapters: their modules, factors, names and files."""

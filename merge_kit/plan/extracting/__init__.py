@@ -1,0 +1,1 @@
+"""Adapters that are extracted from fine-tuned models."""
