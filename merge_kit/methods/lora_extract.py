@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from merge_kit.errors import ParameterError
-from merge_kit.methods import truncated
+from merge_kit.methods import tiles
 from merge_kit.methods.base import Scans, Slab, Yield
 from merge_kit.methods.compression import compressed, spectrum, work
 from merge_kit.methods.registry import register
@@ -84,7 +84,7 @@ class LoraExtract(AdapterMethod):
         if self.energy is not None:
             return [spectrum(slab, self.energy)]
         rows, columns = slab.shape
-        norm = truncated.norm(slab.deltas[0].view(rows, columns))
+        norm = tiles.norm(slab.deltas[0].view(rows, columns))
         return [Spectrum(self.rank_bound((), (rows, columns)) if norm else 0, norm)]
 
     def merge(self, slab: Slab, scans: Scans) -> Yield:

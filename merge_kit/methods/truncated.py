@@ -2,22 +2,20 @@
 
 Few values of a large matrix come from a block Krylov space: a block of random vectors, the same in
 every run, is multiplied by the matrix again and again, until what the space captures of the matrix
-grows no more. Sources: Halko, Martinsson and Tropp 2011, Finding structure with randomness,
-https://arxiv.org/abs/0909.4061; Musco and Musco 2015, Randomized block Krylov methods,
+grows no more (`methods.krylov`). Sources: Halko, Martinsson and Tropp 2011, Finding structure with
+randomness, https://arxiv.org/abs/0909.4061; Musco and Musco 2015, Randomized block Krylov methods,
 https://arxiv.org/abs/1504.05477.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from itertools import count
-from math import hypot
 from typing import TYPE_CHECKING
 
-from merge_kit.core.tensors import BLOCK
 from merge_kit.errors import SolveError
-from merge_kit.methods import noise
+from merge_kit.methods.krylov import block, krylov, most
 from merge_kit.methods.lazy import torch
+from merge_kit.methods.low_rank import rank_of
+from merge_kit.methods.tiles import TILE, gram, times
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,14 +32,6 @@ MANY = 8
 ROUNDING = 2.0**-23
 """Singular values below this share of the largest are rounding of float32."""
 
-_TILE = 16 * BLOCK
-"""Elements that are in float64 at once."""
-
-_STEPS = 500
-"""Blocks of a space, at most; real matrices take from 3 to 30."""
-
-_GROWTH = 2e-4
-"""A space is done when a block captures no more than this share of what is left."""
 
 _SEPARATE = 1e-8
 """Eigenvalues of a Gram matrix above this share of the largest have vectors that the matrix maps to
@@ -50,8 +40,6 @@ orthogonal ones, to 1e-8 or so."""
 _WORK = 1 << 20
 """Numbers that BLAS and LAPACK keep for themselves, about."""
 
-_NOTHING = 1e-13
-"""This share of a matrix's squared norm is nothing: float32 does not hold more of it."""
 
 _RANGE = 1e12
 """Matrices whose largest element is further from 1 are scaled: their squares leave float32."""
@@ -118,15 +106,10 @@ def spectrum(matrix: Tensor, name: str) -> Tensor:
         if wide.shape[0] <= SMALL:
             found: Tensor = torch.linalg.svdvals(wide.double())
         else:
-            found = torch.linalg.eigvalsh(_gram(wide)).flip(0).clamp_(min=0).sqrt_()
+            found = torch.linalg.eigvalsh(gram(wide)).flip(0).clamp_(min=0).sqrt_()
     except torch.linalg.LinAlgError as exc:  # type: ignore[attr-defined]
         raise _failed(matrix, name, exc) from exc
     return found
-
-
-def norm(matrix: Tensor) -> float:
-    """Return the Frobenius norm of a matrix, in float64, without a copy of it."""
-    return hypot(*(float(torch.linalg.vector_norm(tile)) for _, tile in _tiles(matrix)))
 
 
 def rank_of_energy(values: Tensor, energy: float) -> int:
@@ -141,12 +124,9 @@ def rank_of_energy(values: Tensor, energy: float) -> int:
     Returns:
         0 if all values are 0.
     """
-    if not values.numel() or not float(values[0]):
+    if not values.numel():
         return 0
-    squares = (values / values[0]).square()
-    held = squares[values > ROUNDING * values[0]].cumsum(0)
-    wanted = energy * float(held[-1]) * (1 - 2**-50)  # sums of squares are rounded
-    return 1 + int((held < wanted).sum())
+    return rank_of(values[values > ROUNDING * values[0]], None, energy)
 
 
 def scratch_bytes(rows: int, columns: int, rank: int) -> int:
@@ -154,10 +134,10 @@ def scratch_bytes(rows: int, columns: int, rank: int) -> int:
     small, large = sorted((rows, columns))
     if small <= SMALL:
         return 8 * (_WORK + 5 * small * large + 6 * small**2)
-    sides, extra = small + large, rank + _block(rank)
+    sides, extra = small + large, rank + block(rank)
     if MANY * rank < small:
-        return 8 * (_WORK + _TILE + 2 * (_most(small, rank) + extra) * sides)
-    return 8 * (_WORK + _TILE + 5 * small**2 + 3 * min(extra, small) * sides)
+        return 8 * (_WORK + TILE + 2 * (most(small, rank) + extra) * sides)
+    return 8 * (_WORK + TILE + 5 * small**2 + 3 * min(extra, small) * sides)
 
 
 def flops(rows: int, columns: int, rank: int) -> float:
@@ -172,7 +152,7 @@ def spectrum_bytes(rows: int, columns: int) -> int:
     """Return the bytes that `spectrum` takes on top of the matrix."""
     small, large = sorted((rows, columns))
     whole = small * large if small <= SMALL else 0
-    return 8 * (_WORK + _TILE + 5 * small**2 + 2 * whole)
+    return 8 * (_WORK + TILE + 5 * small**2 + 2 * whole)
 
 
 def spectrum_flops(rows: int, columns: int) -> float:
@@ -192,127 +172,28 @@ def _failed(matrix: Tensor, name: str, why: Exception) -> SolveError:
     return SolveError(problem, where=name, hint="are the weights of both models sound?")
 
 
-def _block(rank: int) -> int:
-    """Return the vectors of one block: products of few are slow, of many more than is needed."""
-    return max(16, -(-rank // 2))
-
-
-def _most(small: int, rank: int) -> int:
-    """Return how many vectors a space may have before it starts again from its best."""
-    return min(small // 2, rank + 16 * _block(rank))
-
-
 def _of_wide(matrix: Tensor, rank: int, name: str) -> Factors:
     """Return factors of a matrix that has at least as many columns as rows."""
-    rows, extra = matrix.shape[0], _block(rank)
+    rows, extra = matrix.shape[0], block(rank)
     if rows <= SMALL:
         u, s, vh = torch.linalg.svd(matrix.double(), full_matrices=False)
         return u[:, :rank], s[:rank], vh[:rank]
     if MANY * rank < rows:
-        basis = _krylov(matrix, rank, name)
+        basis = krylov(matrix, rank, name)
     else:
-        squares, vectors = torch.linalg.eigh(_gram(matrix))
+        squares, vectors = torch.linalg.eigh(gram(matrix))
         if float(squares[-rank]) > _SEPARATE * float(squares[-1]):
             return _by_products(matrix, vectors[:, -rank:].flip(1))
         basis = vectors[:, -(rank + extra) :].contiguous()
-    right, core = torch.linalg.qr(_times(matrix.T, basis))  # (columns, k), (k, k)
+    right, core = torch.linalg.qr(times(matrix.T, basis))  # (columns, k), (k, k)
     u, s, vh = torch.linalg.svd(core.T)
     return basis @ u[:, :rank], s[:rank], vh[:rank] @ right.T
 
 
 def _by_products(matrix: Tensor, left: Tensor) -> Factors:
     """Return factors from left singular vectors, whose products with the matrix are orthogonal."""
-    right = _times(matrix.T, left).T
+    right = times(matrix.T, left).T
     values = torch.linalg.vector_norm(right, dim=1)
     order = values.argsort(descending=True, stable=True)
     right = right[order].div_(values[order].unsqueeze(1))
     return left[:, order], values[order], right
-
-
-def _krylov(matrix: Tensor, rank: int, name: str) -> Tensor:
-    """Return an orthonormal basis (rows, rank and more) of what the matrix maps to most.
-
-    A space that has grown large goes on from the best that it holds.
-    """
-    rows, columns = matrix.shape
-    block = _block(rank)
-    energy = norm(matrix) ** 2
-    start = noise.normal(("truncated", name), 0, columns * block).view(columns, block)
-    found, captured = _like(matrix, start), -1.0
-    left, known = (torch.empty(size, 0, dtype=torch.float64) for size in (rows, columns))
-    for step in count():
-        more = _directions(found, left, _fresh(name, rows, block, step))
-        right = (matrix.T @ more.to(matrix.dtype)).double()
-        left, known = torch.cat([left, more], 1), torch.cat([known, right], 1)
-        values, vectors = torch.linalg.eigh(known.T @ known)
-        before, captured = captured, float(values[-rank:].sum())
-        best = vectors[:, -(rank + block) :]
-        rest = max(energy - captured, _NOTHING * energy)
-        is_done = left.shape[1] >= rank + block and captured - before <= _GROWTH * rest
-        if is_done or step == _STEPS:
-            break
-        if left.shape[1] >= _most(rows, rank):
-            left, known = left @ best, known @ best
-        found = _like(matrix, right)
-    basis: Tensor = left @ best
-    return basis
-
-
-def _like(matrix: Tensor, vectors: Tensor) -> Tensor:
-    """Return the product, made in the matrix's dtype, in float64."""
-    return (matrix @ vectors.to(matrix.dtype)).double()
-
-
-def _fresh(name: str, rows: int, block: int, step: int) -> Callable[[], Tensor]:
-    """Return what makes random directions, for spaces that grow no more."""
-
-    def made() -> Tensor:
-        drawn = noise.normal(("truncated", name, "fresh", step), 0, rows * block)
-        return drawn.double().view(rows, block)
-
-    return made
-
-
-def _directions(found: Tensor, known: Tensor, fresh: Callable[[], Tensor]) -> Tensor:
-    """Return orthonormal directions of `found` that are orthogonal to the known ones.
-
-    Where it has none left (the matrix has a lower rank), random ones take their place.
-    """
-    size = float(found.norm())
-    basis, triangle = torch.linalg.qr(_without(found, known))
-    weak = triangle.diagonal().abs() <= 1e-9 * size
-    if bool(weak.any()):
-        basis[:, weak] = fresh()[:, weak]
-    clean: Tensor = torch.linalg.qr(_without(basis, known))[0]
-    return clean
-
-
-def _without(vectors: Tensor, known: Tensor) -> Tensor:
-    """Return vectors less their parts in the known directions, which rounding makes twice."""
-    for _ in range(2):
-        vectors = vectors - known @ (known.T @ vectors)
-    return vectors
-
-
-def _tiles(matrix: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Yield columns of a matrix in float64, a tile at a time."""
-    step = max(1, _TILE // max(1, matrix.shape[0]))
-    for start in range(0, matrix.shape[1], step):
-        place = slice(start, start + step)
-        yield place, matrix[:, place].double()
-
-
-def _times(matrix: Tensor, vectors: Tensor) -> Tensor:
-    """Return matrix @ vectors in float64, for a tall matrix."""
-    out = torch.empty(matrix.shape[0], vectors.shape[1], dtype=torch.float64)
-    for place, tile in _tiles(matrix.T):
-        torch.mm(tile.T, vectors, out=out[place])
-    return out
-
-
-def _gram(matrix: Tensor) -> Tensor:
-    """Return matrix @ its transpose in float64."""
-    gram = torch.zeros(matrix.shape[0], matrix.shape[0], dtype=torch.float64)
-    for _, tile in _tiles(matrix):
-        gram.addmm_(tile, tile.T)
-    return gram

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from merge_kit.errors import SolveError
+from merge_kit.methods import krylov
 from merge_kit.methods import truncated as module
 from merge_kit.methods.truncated import rank_of_energy, spectrum, truncated
 
@@ -200,14 +201,14 @@ def test_no_energy_has_no_rank():
 
 @pytest.mark.parametrize("kind", SPECTRA)
 def test_a_space_that_has_grown_large_goes_on_from_its_best(monkeypatch, kind):
-    of, sizes, real = matrix(SPECTRA[kind]), [], module._directions
+    of, sizes, real = matrix(SPECTRA[kind]), [], krylov._directions
 
     def watched(found, known, fresh):
         sizes.append(known.shape[1])
         return real(found, known, fresh)
 
-    monkeypatch.setattr(module, "_directions", watched)
-    monkeypatch.setattr(module, "_most", lambda small, rank: RANK + 40)
+    monkeypatch.setattr(krylov, "_directions", watched)
+    monkeypatch.setattr(krylov, "most", lambda small, rank: RANK + 40)
     assert missed(of, *truncated(of, RANK, "w")) <= 1.001 * best(of, RANK)
     assert max(sizes) < RANK + 40
 
