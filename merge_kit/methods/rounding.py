@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from merge_kit.core.tensors import BLOCK
 from merge_kit.methods.lazy import torch
 
 if TYPE_CHECKING:
@@ -12,10 +13,12 @@ if TYPE_CHECKING:
 
 def round_into(values: Tensor, out: Tensor) -> None:
     """Fill `out` with values rounded once to its dtype, to nearest even."""
-    if values.dtype == torch.float64 and out.dtype in (torch.bfloat16, torch.float16):
-        out.copy_(_odd(values))  # torch goes through float32, which would round twice
-    else:
+    if values.dtype != torch.float64 or out.dtype not in (torch.bfloat16, torch.float16):
         out.copy_(values)
+        return
+    flat, narrow = values.reshape(-1), out.view(-1)
+    for start in range(0, flat.numel(), BLOCK):  # torch goes through float32: it rounds twice
+        narrow[start : start + BLOCK].copy_(_odd(flat[start : start + BLOCK]))
 
 
 def _odd(values: Tensor) -> Tensor:
