@@ -55,11 +55,13 @@ class Workspace:
     def rows(self, name: str, count: int, elements: int, dtype: torch.dtype) -> Tensor:
         """Return an uninitialised (count, elements); each row is contiguous and aligned."""
         stride = -(-elements // ALIGN) * ALIGN + _SKEW
-        wanted = max(count, 1) * stride
-        flat = self._floats.get(name)
-        if flat is None or flat.dtype != dtype or flat.numel() < wanted:
+        wanted = max(count, 1) * stride * dtype.itemsize
+        memory = self._floats.get(name)  # of any dtype: steps of different ones take turns
+        if memory is None or memory.numel() < wanted:
+            memory = None
             self._floats.pop(name, None)
-            flat = self._floats[name] = torch.empty(wanted, dtype=dtype)
+            memory = self._floats[name] = torch.empty(wanted, dtype=torch.uint8)
+        flat = memory[:wanted].view(dtype)
         return flat.as_strided((count, elements), (stride, 1))
 
     @contextmanager
@@ -67,7 +69,7 @@ class Workspace:
         """Lend an uninitialised (elements,), apart from those that are lent at the same time."""
         self._depth += 1
         try:
-            yield self.rows(f"spare-{self._depth}-{dtype}", 1, elements, dtype)[0]
+            yield self.rows(f"spare-{self._depth}", 1, elements, dtype)[0]
         finally:
             self._depth -= 1
 
