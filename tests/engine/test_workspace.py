@@ -29,9 +29,9 @@ def test_rows_are_contiguous_aligned_and_apart():
 
 def test_what_is_lent_at_the_same_time_is_apart():
     work = Workspace()
-    with work.spare(10, torch.float32) as one, work.spare(10, torch.float64) as other:
+    with work.spare(10, torch.float64) as one, work.spare(10, torch.float32) as other:
         one.fill_(1)
         other.fill_(2)
         assert one.tolist() == [1.0] * 10
-    with work.spare(10, torch.float64) as again:
+    with work.spare(10, torch.float32) as again:
         assert again.data_ptr() == one.data_ptr()
