@@ -45,11 +45,29 @@ def locate(ref: ModelRef, folder: Path | None) -> Path:
         raise CheckpointError(problem, where=str(ref.mark), hint="check the path") from exc
     looked = f"beside the recipe ({folder}) and " if folder is not None else ""
     hint = f"looked {looked}in the working directory"
-    if _HUB_ID.fullmatch(ref.path):
+    close = _close(ref.path, folder)
+    if close:
+        hint = f"{close} ({hint})"
+    elif _HUB_ID.fullmatch(ref.path):
         hint += "; a model of the Hub must be downloaded first: "
         hint += f"hf download {ref.path} --local-dir DIR"
     problem = f"no folder or file {shown(ref.path)}"
     raise CheckpointError(problem, where=str(ref.mark), hint=hint)
+
+
+def _close(path: str, folder: Path | None) -> str:
+    """Return `did you mean ...?` if something of nearly this name lies where the path leads."""
+    above, name = Path(path).parent, Path(path).name
+    for base in (folder, Path()):
+        try:
+            names = [one.name for one in (base / above).iterdir()] if base is not None else []
+        except (OSError, ValueError):
+            continue
+        found = nearest(name, names)
+        if found.startswith("did"):
+            near = found.removeprefix("did you mean '").removesuffix("'?")
+            return f"did you mean {str(above / near)!r}?"
+    return ""
 
 
 def _text(ref: ModelRef) -> str:

@@ -85,3 +85,14 @@ def test_one_of_several_adapters_is_verified_in_the_folder_above(folder):
     with pytest.raises(MergeKitError) as caught:
         read_manifest(folder / "out" / "both")
     assert str(folder / "out") in caught.value.hint
+
+
+def test_a_path_that_is_nearly_right_is_named(folder):
+    (folder / "adapters").mkdir()
+    (folder / "one").rename(folder / "adapters" / "sort")
+    with pytest.raises(MergeKitError) as caught:
+        plan({"merge_method": "lora_concat", "models": [{"model": "adapters/sor"}]})
+    assert "did you mean 'adapters/sort'?" in str(caught.value)
+    with pytest.raises(MergeKitError) as caught:
+        plan({"merge_method": "lora_concat", "models": [{"model": "org/name"}]})
+    assert "hf download org/name" in str(caught.value)
