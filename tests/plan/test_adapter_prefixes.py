@@ -289,3 +289,29 @@ def test_an_adapter_that_counts_alone_has_one_naming_in_factors_and_config(tmp_p
     assert OLD not in text
     (wanted,), found = changes(other).values(), changes(tmp_path / "out")
     assert torch.equal(found[f"{NEW}.0.{ATTENTION}"], wanted)
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "more", "name"),
+    [
+        ("model.encoder.layers", "encoder.layers", "decoder.layers", "model.decoder.layers"),
+        ("encoder.layers", "model.encoder.layers", "model.decoder.layers", "decoder.layers"),
+        ("unet.down_blocks", "down_blocks", "up_blocks", "unet.up_blocks"),
+        ("unet.down_blocks", "down_blocks", "text_model.layers", "text_model.layers"),
+        ("model.visual.blocks", "visual.blocks", "visual.merger.mlp", "model.visual.merger.mlp"),
+        ("visual.blocks", "model.visual.blocks", "model.visual.merger.mlp", "visual.merger.mlp"),
+        ("model.layers", "layers", "mtp.layers", "mtp.layers"),
+        ("model.layers", "layers", "visual.blocks", "visual.blocks"),
+    ],
+)
+def test_a_stack_that_one_adapter_has_alone_is_named_as_its_others_are(
+    tmp_path, one, other, more, name
+):
+    first = adapter(tmp_path / "first", on(one))
+    second = adapter(tmp_path / "second", on(other, start=4) | on(more, start=9))
+    merge(recipe(first, second), tmp_path / "out", threads=1)
+    found, own = changes(tmp_path / "out"), changes(second)
+    assert {module.rpartition(f".{ATTENTION}")[0][:-2] for module in found} == {one, name}
+    for i in range(2):
+        alone = found[f"{name}.{i}.{ATTENTION}"]
+        assert torch.equal(alone, own[f"{more}.{i}.{ATTENTION}"])

@@ -99,6 +99,17 @@ def component_of(path: str) -> str:
     return found[0] if found else ""
 
 
+def may_follow(head: str, old: str, new: str) -> bool:
+    """Return whether a stack can have a change of prefix that others of its adapter have.
+
+    What stands beside the main stack does not move with it; only blocks of a diffusion model are
+    known to lie in a component that names leave out.
+    """
+    if _AUXILIARY.search(head):
+        return False
+    return bool(old) or not component_of(new.removesuffix(".")) or layout_of(f"{head}.") != ""
+
+
 def _are_apart(one: str, other: str) -> bool:
     """Return whether two paths lie in different parts of a model: towers, sides, components."""
     if kind_of(one) != kind_of(other) or side_of(one) != side_of(other):

@@ -23,6 +23,7 @@ from merge_kit.plan.adapters.heads import (
     component_of,
     is_same_module,
     layout_of,
+    may_follow,
     verdict,
 )
 from merge_kit.plan.findings import Findings
@@ -121,6 +122,7 @@ def _heads(
     found = {head: head for head in own.heads}
     chosen: dict[str, list[str]] = {}
     unsure: dict[str, list[str]] = {}
+    unmatched: list[str] = []
     for head in own.heads:
         if head in known.heads:
             continue
@@ -134,6 +136,27 @@ def _heads(
             found[head] = best[0]
         elif doubtful:
             findings.problem(_unsure(own.heads[head], known.heads[doubtful[0]]))
+        else:
+            unmatched.append(head)
+    return _with_siblings(found, unmatched, known)
+
+
+def _with_siblings(
+    heads: Mapping[str, str], unmatched: Sequence[str], known: _Paths
+) -> dict[str, str]:
+    """Return the names of stacks, with those that only one adapter has named as its others are."""
+    found = dict(heads)
+    changes = [_change(old, new) for old, new in heads.items() if old != new]
+    for head in unmatched:
+        names = [
+            new + head.removeprefix(old)
+            for old, new, kind in sorted(changes, key=lambda change: -len(change[0]))
+            if head.startswith(old)
+            and _follows(head, kind, {old, new})
+            and may_follow(head, old, new)
+        ]
+        if names and names[0] not in known.heads and names[0] not in heads:
+            found[head] = names[0]
     return found
 
 
