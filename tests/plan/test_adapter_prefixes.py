@@ -300,6 +300,11 @@ def test_an_adapter_that_counts_alone_has_one_naming_in_factors_and_config(tmp_p
         ("unet.down_blocks", "down_blocks", "text_model.layers", "text_model.layers"),
         ("model.visual.blocks", "visual.blocks", "visual.merger.mlp", "model.visual.merger.mlp"),
         ("visual.blocks", "model.visual.blocks", "model.visual.merger.mlp", "visual.merger.mlp"),
+        (OLD, NEW, "model.vision_tower.layers", "vision_tower.layers"),
+        (NEW, OLD, "vision_tower.layers", "model.vision_tower.layers"),
+        (NEW, "model.layers", "visual.blocks", "model.visual.blocks"),
+        ("model.layers", NEW, "model.visual.blocks", "visual.blocks"),
+        (NEW, OLD, "model.vision_tower.layers", "model.vision_tower.layers"),
         ("model.layers", "layers", "mtp.layers", "mtp.layers"),
         ("model.layers", "layers", "visual.blocks", "visual.blocks"),
     ],
@@ -315,3 +320,17 @@ def test_a_stack_that_one_adapter_has_alone_is_named_as_its_others_are(
     for i in range(2):
         alone = found[f"{name}.{i}.{ATTENTION}"]
         assert torch.equal(alone, own[f"{more}.{i}.{ATTENTION}"])
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "module", "name"),
+    [
+        (OLD, NEW, "model.multi_modal_projector.linear", "multi_modal_projector.linear"),
+        (NEW, OLD, "multi_modal_projector.linear", "model.multi_modal_projector.linear"),
+    ],
+)
+def test_a_projector_is_named_as_the_text_part_is(tmp_path, one, other, module, name):
+    first = adapter(tmp_path / "first", on(one))
+    second = adapter(tmp_path / "second", on(other, start=4) | factors(module, 6, 5))
+    merge(recipe(first, second), tmp_path / "out", threads=1)
+    assert {m for m in changes(tmp_path / "out") if "projector" in m} == {name}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Literal
 
 from merge_kit.architecture.components import kind_of, side_of
@@ -97,6 +97,24 @@ def component_of(path: str) -> str:
     """Return the component of a pipeline that a path begins with, or ""."""
     found = _COMPONENT.match(path)
     return found[0] if found else ""
+
+
+def of_towers(changes: Iterable[tuple[str, str, str]]) -> Iterator[tuple[str, str, str]]:
+    """Yield what changes of prefix mean for towers: programs moved all parts below one name.
+
+    Each is what stands in front in both namings, and the kind of the part.
+    """
+    for old, new, _ in changes:
+        if old == _NOW and new in _ONCE:
+            yield from (("model.", "", kind) for kind in _TOWERS)
+        elif new == _NOW and old in _ONCE:
+            yield from (("", "model.", kind) for kind in _TOWERS)
+
+
+_NOW, _ONCE = "model.language_model.", ("language_model.model.", "model.")
+"""What is in front of the text part of a model with pictures, and what was."""
+
+_TOWERS = ("vision", "audio")
 
 
 def may_follow(head: str, old: str, new: str) -> bool:

@@ -24,6 +24,7 @@ from merge_kit.plan.adapters.heads import (
     is_same_module,
     layout_of,
     may_follow,
+    of_towers,
     verdict,
 )
 from merge_kit.plan.findings import Findings
@@ -148,13 +149,7 @@ def _with_siblings(
     found = dict(heads)
     changes = [_change(old, new) for old, new in heads.items() if old != new]
     for head in unmatched:
-        names = [
-            new + head.removeprefix(old)
-            for old, new, kind in sorted(changes, key=lambda change: -len(change[0]))
-            if head.startswith(old)
-            and _follows(head, kind, {old, new})
-            and may_follow(head, old, new)
-        ]
+        names = [name for old, new, name in _led(head, changes) if may_follow(head, old, new)]
         if names and names[0] not in known.heads and names[0] not in heads:
             found[head] = names[0]
     return found
@@ -169,11 +164,7 @@ def _loose(
     """Return what modules outside layers are to be called: as the stacks, else by their ends."""
     found: dict[str, str] = {}
     for module in own.loose:
-        leads = [
-            new + module.removeprefix(old)
-            for old, new, kind in sorted(changes, key=lambda change: -len(change[0]))
-            if module.startswith(old) and _follows(module, kind, {old, new})
-        ]
+        leads = [name for _, _, name in _led(module, changes)]
         others = [o for o in known.loose if o not in own.loose and is_same_module(module, o)]
         there = [lead for lead in leads if lead in known.loose][:1] or closest(module, others)
         if module in known.loose:
@@ -186,6 +177,15 @@ def _loose(
             stays = not leads or is_head(f"{module}.weight")
             found[module] = module if stays else leads[0]
     return found
+
+
+def _led(path: str, changes: Sequence[tuple[str, str, str]]) -> Iterator[tuple[str, str, str]]:
+    """Yield changes of prefix that a path may have, the longest first, and what it is then."""
+    told = [*sorted(changes, key=lambda change: -len(change[0])), *of_towers(changes)]
+    for old, new, kind in told:
+        again = not old and path.startswith(new)
+        if path.startswith(old) and not again and _follows(path, kind, {old, new}):
+            yield old, new, new + path.removeprefix(old)
 
 
 def _follows(module: str, kind: str, leads: set[str]) -> bool:
