@@ -334,3 +334,34 @@ def test_a_projector_is_named_as_the_text_part_is(tmp_path, one, other, module, 
     second = adapter(tmp_path / "second", on(other, start=4) | factors(module, 6, 5))
     merge(recipe(first, second), tmp_path / "out", threads=1)
     assert {m for m in changes(tmp_path / "out") if "projector" in m} == {name}
+
+
+def table(module):
+    """Return the factors of an embedding of 4 tokens."""
+    a, b = factors("x", 5, 4).values()
+    return {f"{module}.lora_embedding_A": a, f"{module}.lora_embedding_B": b}
+
+
+@pytest.mark.parametrize("lead", ["", "model."])
+@pytest.mark.parametrize("layers_first", [True, False])
+@pytest.mark.parametrize("both", [False, True])
+def test_layers_and_an_embedding_of_two_adapters_lie_in_one_model(
+    tmp_path, lead, layers_first, both
+):
+    other = "" if lead else "model."
+    own = on(f"{lead}layers") | (table(f"{lead}embed_tokens") if both else {})
+    adapter(tmp_path / "layers", own)
+    adapter(tmp_path / "table", table(f"{other}embed_tokens"))
+    order = [tmp_path / "layers", tmp_path / "table"]
+    merge(recipe(*order[:: 1 if layers_first else -1]), tmp_path / "out")
+    name = lead if layers_first else other
+    expected = {f"{name}layers.{i}.{ATTENTION}" for i in range(2)} | {f"{name}embed_tokens"}
+    assert set(changes(tmp_path / "out")) == expected
+
+
+def test_an_embedding_of_a_tower_stays_where_it_is(tmp_path):
+    adapter(tmp_path / "one", on("vision_tower.encoder.layers"))
+    adapter(tmp_path / "two", table("language_model.embed_tokens"))
+    merge(recipe(tmp_path / "one", tmp_path / "two"), tmp_path / "out")
+    assert "language_model.embed_tokens" in changes(tmp_path / "out")
+    assert f"vision_tower.encoder.layers.0.{ATTENTION}" in changes(tmp_path / "out")

@@ -26,6 +26,9 @@ _AROUND = frozenset(
 )
 """Words around a stack that say no more than which kind of model it belongs to, if anything."""
 
+_TABLES = ("embed_tokens", "wte")
+"""Embeddings that lie beside the stack of layers in their model."""
+
 _AUXILIARY = re.compile(r"(^|[._])(mtp|nextn|draft|medusa|eagle|perceiver|q_?former)|resampler")
 """Stacks that models have beside their main one."""
 
@@ -109,6 +112,36 @@ def of_towers(changes: Iterable[tuple[str, str, str]]) -> Iterator[tuple[str, st
             yield from (("model.", "", kind) for kind in _TOWERS)
         elif new == _NOW and old in _ONCE:
             yield from (("", "model.", kind) for kind in _TOWERS)
+
+
+def stack_beside(head: str, heads: Iterable[str], modules: Iterable[str]) -> str | None:
+    """Return the name of a stack beside an embedding, where others have no stack of its kind.
+
+    Args:
+        heads: Paths before layer numbers that others have.
+        modules: Their modules outside layers.
+    """
+    if any(kind_of(other) == kind_of(head) for other in heads):
+        return None
+    tables = [path for path in modules if path.rpartition(".")[2] in _TABLES]
+    names = [_moved(head, table) for table in tables]
+    found = closest(head, [name for name in names if verdict(head, name) == "same"])
+    return found[0] if found and found[0] != head else None
+
+
+def table_beside(module: str, heads: Iterable[str]) -> str | None:
+    """Return the name of an embedding beside a stack that others have, None if it is none."""
+    if module.rpartition(".")[2] not in _TABLES:
+        return None
+    names = [_moved(module, head) for head in heads]
+    found = closest(module, [name for name in names if is_same_module(module, name)])
+    return found[0] if found else None
+
+
+def _moved(path: str, beside: str) -> str:
+    """Return the last word of a path after the words that another has before its last."""
+    above, last = beside.rpartition(".")[0], path.rpartition(".")[2]
+    return f"{above}.{last}" if above else last
 
 
 _NOW, _ONCE = "model.language_model.", ("language_model.model.", "model.")

@@ -25,6 +25,8 @@ from merge_kit.plan.adapters.heads import (
     layout_of,
     may_follow,
     of_towers,
+    stack_beside,
+    table_beside,
     verdict,
 )
 from merge_kit.plan.findings import Findings
@@ -139,7 +141,10 @@ def _heads(
             findings.problem(_unsure(own.heads[head], known.heads[doubtful[0]]))
         else:
             unmatched.append(head)
-    return _with_siblings(found, unmatched, known)
+    beside = {
+        head: name for head in unmatched if (name := stack_beside(head, known.heads, known.loose))
+    }
+    return _with_siblings(found | beside, [h for h in unmatched if h not in beside], known)
 
 
 def _with_siblings(
@@ -175,8 +180,13 @@ def _loose(
             found[module] = there[0]
         else:
             stays = not leads or is_head(f"{module}.weight")
-            found[module] = module if stays else leads[0]
+            found[module] = _beside(module, own, known) or (module if stays else leads[0])
     return found
+
+
+def _beside(module: str, own: _Paths, known: _Paths) -> str | None:
+    """Return what an embedding is to be called, of an adapter without layers of its own."""
+    return None if own.heads else table_beside(module, known.heads)
 
 
 def _led(path: str, changes: Sequence[tuple[str, str, str]]) -> Iterator[tuple[str, str, str]]:
