@@ -160,20 +160,19 @@ def merge_each(
         CheckpointError: If a file cannot be read or has changed.
     """
     with Reader(files) as reader, one_torch_thread():
-        shared = whole_model(reader, steps, workers, lax=allow_nonfinite)
+        shared = _whole_model(reader, steps, workers, lax=allow_nonfinite)
 
         def task(index: int) -> Task:
             def run(work: Workspace) -> Sequence[Task]:
                 kernel, step = Kernel(reader, allow_nonfinite=allow_nonfinite), steps[index]
                 known = shared.get(group_of(step), {})
-                kernel.scans[id(step)] = scanned(kernel, step, known, work)
-                (merged,) = merged_whole(kernel, step, work, allow_nonfinite=allow_nonfinite)
-                emit(index, merged)
+                kernel.scans[id(step)] = _scanned(kernel, step, known, work)
+                emit(index, _merged(kernel, step, work, allow_nonfinite=allow_nonfinite))
                 return ()
 
             return run
 
-        run_tasks([task(i) for i in range(len(steps))], workers)
+        _run([task(i) for i in range(len(steps))], workers)
         reader.check_all()
 
 
@@ -181,28 +180,27 @@ def scan_each(steps: Sequence[Step], files: Iterable[WeightFile], *, workers: in
     """Return what the scans of each step find: name -> result."""
     found: list[Results] = [{}] * len(steps)
     with Reader(files) as reader, one_torch_thread():
-        shared = whole_model(reader, steps, workers, lax=False)
+        shared = _whole_model(reader, steps, workers, lax=False)
 
         def task(index: int) -> Task:
             def run(work: Workspace) -> Sequence[Task]:
                 step = steps[index]
                 known = shared.get(group_of(step), {})
-                found[index] = scanned(Kernel(reader), step, known, work)
+                found[index] = _scanned(Kernel(reader), step, known, work)
                 return ()
 
             return run
 
-        run_tasks([task(i) for i in range(len(steps))], workers)
+        _run([task(i) for i in range(len(steps))], workers)
         reader.check_all()
     return found
 
 
-def run_tasks(tasks: Sequence[Task], workers: int) -> None:
-    """Run tasks on at most so many threads."""
+def _run(tasks: Sequence[Task], workers: int) -> None:
     Pool(max(1, min(workers, len(tasks))), threading.Event()).run(tasks)
 
 
-def scanned(kernel: Kernel, step: Step, known: Results, work: Workspace) -> Results:
+def _scanned(kernel: Kernel, step: Step, known: Results, work: Workspace) -> Results:
     """Return the results of a step's scans over its own tensor, beside what is known."""
     assert step.method is not None
     passes = Passes([s for s in step.method.scans() if s.scope == "tensor"], known)
@@ -214,7 +212,7 @@ def scanned(kernel: Kernel, step: Step, known: Results, work: Workspace) -> Resu
     return passes.results
 
 
-def whole_model(reader: Reader, steps: Sequence[Step], workers: int, *, lax: bool) -> Shared:
+def _whole_model(reader: Reader, steps: Sequence[Step], workers: int, *, lax: bool) -> Shared:
     """Return the statistics of scope "model" by group of steps."""
     found = groups(steps)
     return {g: _gathered(reader, members, workers, lax=lax) for g, members in found.items()}
@@ -235,7 +233,7 @@ def _gathered(reader: Reader, steps: Sequence[Step], workers: int, *, lax: bool)
 
             return run
 
-        run_tasks([task(i) for i in range(len(parts))], workers)
+        _run([task(i) for i in range(len(parts))], workers)
         passes.finish(fold.total)
     return passes.results
 
@@ -249,38 +247,24 @@ def _gather(
         raise not_finite(kernel, error.step or step, work) from None
 
 
-def merged_whole(
-    kernel: Kernel, step: Step, work: Workspace, *, allow_nonfinite: bool
-) -> list[Tensor]:
-    """Return the outputs of a step, rounded, in their shapes.
-
-    Raises:
-        NonFiniteError: If they are not finite and that is not allowed.
-    """
+def _merged(kernel: Kernel, step: Step, work: Workspace, *, allow_nonfinite: bool) -> Tensor:
     try:
-        found = _outputs(kernel, step, work)
-        if not allow_nonfinite:
-            _check_finite(found)
+        return _merged_whole(kernel, step, work, allow_nonfinite=allow_nonfinite)
     except NotFinite as error:
         raise not_finite(kernel, error.step or step, work) from None
-    with torch.inference_mode(mode=False):
-        return [out.view(t.spec.shape) for out, t in zip(found, step.outputs, strict=True)]
 
 
-def _outputs(kernel: Kernel, step: Step, work: Workspace) -> list[Tensor]:
-    specs = [target.spec for target in step.outputs]
+def _merged_whole(kernel: Kernel, step: Step, work: Workspace, *, allow_nonfinite: bool) -> Tensor:
+    (target,) = step.outputs
     with torch.inference_mode(mode=False):  # what is handed out is an ordinary tensor
-        outs = [torch.empty(spec.numel, dtype=torch_dtype(spec.dtype)) for spec in specs]
+        out = torch.empty(target.spec.numel, dtype=torch_dtype(target.spec.dtype))
     for span in ranges(step, CHUNK):
         for start, stop in slabs(step, span):
-            merged = kernel.merge(step, kernel.load(step, start, stop, work))
-            for values, out in zip(merged, outs, strict=True):
-                round_into(values, out[start : start + values.numel()])
-    return outs
-
-
-def _check_finite(outs: Sequence[Tensor]) -> None:
-    for out in outs:
-        total = float(out.sum())
-        if total - total != 0 and nonfinite(out):  # perhaps only the sum is not finite
-            raise NotFinite
+            (values,) = kernel.merge(step, kernel.load(step, start, stop, work))
+            round_into(values, out[start:stop])
+    total = float(out.sum())
+    infinite = total - total != 0 and nonfinite(out)  # perhaps only the sum is not finite
+    if infinite and not allow_nonfinite:
+        raise NotFinite
+    with torch.inference_mode(mode=False):
+        return out.view(target.spec.shape)

@@ -14,14 +14,11 @@ import torch
 from safetensors.torch import load_file
 
 from merge_kit.engine.run import run_plan
-from merge_kit.engine.stages_in_memory import merge_outputs
 from merge_kit.errors import InterruptedRun, NonFiniteError
 from merge_kit.methods.base import PerModel, Yield
 from merge_kit.methods.linear import Linear
-from merge_kit.methods.ties import Ties
 from merge_kit.methods.updates import AdapterMethod, Spectrum, Work
-from merge_kit.plan.sources import Generated, Merged, Transposed
-from merge_kit.plan.walk import merged_sources
+from merge_kit.plan.sources import Merged, Transposed
 from tests.engine.handmade import plan, step, stored
 
 GENERATOR = torch.Generator().manual_seed(3)
@@ -175,41 +172,6 @@ def test_changes_that_are_formed_are_spilled_and_compressed(tmp_path):
             assert report.facts["x.0"]["norm"] == pytest.approx(float(mean.double().norm()))
             assert report.facts == results[0][1].facts
             assert report.hashes == results[0][1].hashes
-
-
-def test_results_in_memory_are_those_on_disk(tmp_path):
-    x, y = normal(31, 4001), normal(31, 4001)
-    sources = [stored(tmp_path, "x", x), stored(tmp_path, "y", y)]
-    ties = Ties(density=PerModel((0.4, 0.2)), weight=PerModel((1.0, 1.0)), scope="model")
-    zeros = Generated("zeros", x.shape)
-    fed = []
-    for i in range(2):
-        inner = step(ties, sources[: i + 1] * (2 - i), base=zeros, name=f"inner{i}")
-        turned = Transposed(Merged(inner, "F32", x.shape))
-        made = step(
-            Halved(),
-            [turned],
-            shapes=[(3, 31), (4001, 3)],
-            name=f"y{i}",
-            compute="F64",
-            shape=turned.shape,
-        )
-        fed.append(made)
-    steps = [stacked_step(tmp_path)[1], *fed]
-    made = plan(steps)
-    ranked = [m.step for one in made.steps for m in merged_sources(one)]
-    made = replace(made, whole_model=tuple(ranked))
-    (tmp_path / "out").mkdir()
-    report = run_plan(made, tmp_path / "out")
-    written, found = load_file(tmp_path / "out" / "model.safetensors"), {}
-    facts = merge_outputs(
-        made.steps, (), lambda target, tensor: found.update({target.key: tensor}), workers=2
-    )
-    assert found.keys() == written.keys()
-    for key, tensor in written.items():
-        assert torch.equal(found[key], tensor)
-        assert found[key].dtype == tensor.dtype
-    assert facts == report.facts
 
 
 def test_a_run_that_stopped_goes_on_with_the_facts_of_the_first(tmp_path):
