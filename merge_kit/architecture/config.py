@@ -200,3 +200,9 @@ def _deeper_than(value: Any, levels: int) -> bool:
 def _too_deep(where: str) -> CheckpointError:
     problem = f"nested more than {MAX_DEPTH} levels deep"
     return CheckpointError(problem, where=where, hint="this is no config.json of a model")
+
+
+def class_of(config: Mapping[str, Any] | None) -> str:
+    """Return the class that a config names first, "" if it names none."""
+    names = (config or {}).get("architectures")
+    return str(names[0]) if isinstance(names, list) and names else ""

@@ -29,6 +29,9 @@ _EMBEDDINGS = (
     "embeddings",
     "embedding",
 )
+WITH_HEAD = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+"""Ends of classes that have a head over the vocabulary."""
+
 _SHARED = "shared.weight"
 
 

@@ -8,6 +8,9 @@ from difflib import get_close_matches
 from fnmatch import translate
 from functools import lru_cache
 
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
+"""What may be a model of the Hub, or the name of a folder: it means the same on every machine."""
+
 _MOST = 40
 _MOST_LETTERS = 200
 

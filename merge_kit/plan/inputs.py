@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from merge_kit.core.names import nearest
+from merge_kit.core.names import HUB_ID, nearest
 from merge_kit.errors import CheckpointError, MergeKitError, PlanError
 from merge_kit.io.adapter import is_adapter, open_adapter
 from merge_kit.io.checkpoint import open_checkpoint
@@ -19,8 +18,6 @@ from merge_kit.plan.values import PlanInput
 from merge_kit.recipe.references import adapter_reference
 from merge_kit.recipe.stages import entries, references
 from merge_kit.recipe.values import ModelRef, Recipe, Stage
-
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 
 
 def listed(stage: Stage) -> Iterator[ModelRef]:
@@ -48,7 +45,7 @@ def locate(ref: ModelRef, folder: Path | None) -> Path:
     close = _close(ref.path, folder)
     if close:
         hint = f"{close} ({hint})"
-    elif _HUB_ID.fullmatch(ref.path):
+    elif HUB_ID.fullmatch(ref.path):
         hint += "; a model of the Hub must be downloaded first: "
         hint += f"hf download {ref.path} --local-dir DIR"
     problem = f"no folder or file {shown(ref.path)}"

@@ -11,7 +11,7 @@ from math import prod
 from typing import TYPE_CHECKING, Any, Literal
 
 from merge_kit.core.dtypes import promoted
-from merge_kit.core.tensors import ByteSpan
+from merge_kit.core.tensors import ByteSpan, StoredTensor
 
 if TYPE_CHECKING:
     from merge_kit.plan.values import Step
@@ -256,6 +256,11 @@ Source = (
     | Generated
     | Merged
 )
+
+
+def of_file(tensor: StoredTensor) -> Stored:
+    """Return the bytes of a tensor in a file as a source."""
+    return Stored(tensor.span, tensor.spec.dtype, tensor.spec.shape)
 
 
 def elements(source: Source) -> int:

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import yaml
 
+from merge_kit.core.names import HUB_ID
 from merge_kit.core.sizes import format_count, format_size
 from merge_kit.methods.registry import find
 from merge_kit.plan.describe import counts_line, merged_by_method, plural
@@ -22,7 +23,6 @@ from merge_kit.publish.staging import MANIFEST
 _SHOWN = 5
 """Names that are listed before `and 12 more`."""
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 _SOURCE = re.compile(r"^Source:(.*(?:\n[ \t]+\S.*)*)", re.MULTILINE)
 
 
@@ -58,7 +58,7 @@ def model_card(
 
 
 def _front_matter(plan: Plan) -> list[str]:
-    bases = [m.hub_id for m in plan.inputs if m.hub_id and _HUB_ID.fullmatch(m.hub_id)]
+    bases = [m.hub_id for m in plan.inputs if m.hub_id and HUB_ID.fullmatch(m.hub_id)]
     adapter = is_adapter(plan)
     if adapter:
         bases = adapter_bases(plan)
@@ -111,7 +111,7 @@ def _models(plan: Plan) -> list[str]:
 
 
 def _linked(model: PlanInput) -> str:
-    if model.hub_id and _HUB_ID.fullmatch(model.hub_id):
+    if model.hub_id and HUB_ID.fullmatch(model.hub_id):
         return f"[{plain(model.hub_id)}](https://huggingface.co/{model.hub_id})"
     return code(_name(model))
 

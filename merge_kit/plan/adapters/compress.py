@@ -9,12 +9,12 @@ from merge_kit.core.dtypes import promoted
 from merge_kit.core.tensors import TensorSpec
 from merge_kit.errors import CheckpointError, MismatchError
 from merge_kit.methods.base import MergeMethod
-from merge_kit.plan.adapters.factors import factor_pair, formed, scaled, stored, upright
+from merge_kit.plan.adapters.factors import factor_pair, formed, scaled, upright
 from merge_kit.plan.adapters.groups import Change
 from merge_kit.plan.adapters.modules import Modules
 from merge_kit.plan.adapters.terms import Combination, Term
 from merge_kit.plan.models import full_name
-from merge_kit.plan.sources import Generated, Merged, Source
+from merge_kit.plan.sources import Generated, Merged, Source, of_file
 from merge_kit.plan.steps import FLOAT64_MODELS
 from merge_kit.plan.values import Fitted, Step, Target
 
@@ -214,4 +214,4 @@ class Compressor:
 
 def _bias_of(term: Term) -> Source | None:
     update = term.change.update
-    return None if update.bias is None else scaled(stored(update.bias), update.scale)
+    return None if update.bias is None else scaled(of_file(update.bias), update.scale)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import frexp, prod, sqrt
 
-from merge_kit.core.tensors import StoredTensor
 from merge_kit.io.adapter_values import Update
 from merge_kit.plan.sources import (
     Columns,
@@ -13,16 +12,11 @@ from merge_kit.plan.sources import (
     LowRank,
     Rows,
     Source,
-    Stored,
     Sum,
     Transposed,
     View,
+    of_file,
 )
-
-
-def stored(tensor: StoredTensor) -> Stored:
-    """Return the bytes of a tensor as a source."""
-    return Stored(tensor.span, tensor.spec.dtype, tensor.spec.shape)
 
 
 def matrix(source: Source) -> Source:
@@ -53,7 +47,7 @@ def halved(ratio: float) -> tuple[float, float]:
 def stacked_a(updates: Sequence[Update], factors: Sequence[float]) -> Source:
     """Return the a of updates one below the other, each times a factor, expert by expert."""
     first = updates[0]
-    scaled_ones = [scaled(stored(u.a), f) for u, f in zip(updates, factors, strict=True)]
+    scaled_ones = [scaled(of_file(u.a), f) for u, f in zip(updates, factors, strict=True)]
     if len(updates) == 1:
         return scaled_ones[0]
     joined = Concat(tuple(scaled_ones))
@@ -79,7 +73,7 @@ def stacked_b(updates: Sequence[Update], factors: Sequence[float]) -> Source:
 
     The columns of experts are by rank first, so that they need no other order.
     """
-    scaled_ones = [scaled(stored(u.b), f) for u, f in zip(updates, factors, strict=True)]
+    scaled_ones = [scaled(of_file(u.b), f) for u, f in zip(updates, factors, strict=True)]
     if len(updates) == 1:
         return scaled_ones[0]
     beside = Columns(tuple(matrix(one) for one in scaled_ones))
@@ -93,7 +87,7 @@ def factor_pair(update: Update, *, splits: bool) -> tuple[Source, Source]:
     Args:
         splits: Whether both take the root of the scale, and a its sign, as in peft.
     """
-    a, b = matrix(stored(update.a)), matrix(stored(update.b))
+    a, b = matrix(of_file(update.a)), matrix(of_file(update.b))
     if not splits:
         return a, scaled(b, update.scale)
     root = sqrt(abs(update.scale))
@@ -102,7 +96,7 @@ def factor_pair(update: Update, *, splits: bool) -> tuple[Source, Source]:
 
 def formed(update: Update) -> LowRank:
     """Return the change in the shape and the orientation of the weight in a full model."""
-    a, b = matrix(stored(update.a)), matrix(stored(update.b))
+    a, b = matrix(of_file(update.a)), matrix(of_file(update.b))
     if update.kind == "embedding" or update.transposed:
         turned = (a.shape[1], b.shape[0])
         return LowRank(None, Transposed(b), Transposed(a), update.scale, turned)

@@ -11,7 +11,8 @@ from merge_kit.plan.models import Model
 from merge_kit.plan.sources import Stored
 from merge_kit.plan.values import Fate
 
-_RANK = {"dropped": 0, "copied": 1, "merged": 2}
+RANK = {"dropped": 0, "copied": 1, "merged": 2}
+"""What says more of a tensor that several things become of."""
 
 
 class Ledger:
@@ -31,7 +32,7 @@ class Ledger:
         for tensor in tensors:
             key = model.key, tensor.spec.name
             old = self._found.get(key)
-            if old is None or _RANK[old[0]] < _RANK[what]:
+            if old is None or RANK[old[0]] < RANK[what]:
                 self._found[key] = what, why
 
     def update(self, model: Model, update: Update, *, copied: bool) -> None:

@@ -11,14 +11,14 @@ from merge_kit.core.dtypes import promoted
 from merge_kit.core.tensors import StoredTensor, TensorSpec
 from merge_kit.errors import PlanError
 from merge_kit.methods.passthrough import Passthrough
-from merge_kit.plan.adapters.factors import halved, is_exact, scaled, stacked_a, stacked_b, stored
+from merge_kit.plan.adapters.factors import halved, is_exact, scaled, stacked_a, stacked_b
 from merge_kit.plan.adapters.ledger import Ledger
 from merge_kit.plan.adapters.made import OutModule
 from merge_kit.plan.adapters.names_out import TensorNames, module_names
 from merge_kit.plan.adapters.styles import Form
 from merge_kit.plan.adapters.terms import Combination, Term
 from merge_kit.plan.models import full_name
-from merge_kit.plan.sources import Generated, Source, Stored, Sum
+from merge_kit.plan.sources import Generated, Source, Stored, Sum, of_file
 from merge_kit.plan.values import ModuleRank, Step, Target
 from merge_kit.recipe.values import Stage
 
@@ -71,7 +71,7 @@ class Modules:
         self._factors(one, names, [Term(change, 1.0, change.member.index)], (1.0,))
         if update.magnitude is not None:
             label = change.member.model.label
-            self.add(self.passed(folder, names.magnitude, stored(update.magnitude), label))
+            self.add(self.passed(folder, names.magnitude, of_file(update.magnitude), label))
         self.bias(one, names, [Term(change, 1.0, change.member.index)], update.scale)
         self.alpha(one, update.rank, update.scale, update.alpha_tensor)
         self.note(one, update.rank, update.scale, magnitude=update.magnitude is not None)
@@ -81,7 +81,7 @@ class Modules:
         change, folder, names = one.module.changes[0], one.use.folder, self.names(one)
         update, label = change.update, change.member.model.label
         self.ledger.enter("copied", change.member.model, [update.a])
-        self.add(self.passed(folder, names.a, stored(update.a), label))
+        self.add(self.passed(folder, names.a, of_file(update.a), label))
         zeros = Generated("zeros", update.b.spec.shape)
         self.add(self.passed(folder, names.b, zeros, label, dtype=update.b.spec.dtype))
         self.bias(one, names, [], update.scale)
@@ -130,7 +130,7 @@ class Modules:
         if folder not in self.biased:
             return
         sources = [
-            (term.scale / scale if scale else 1.0, stored(term.change.update.bias))
+            (term.scale / scale if scale else 1.0, of_file(term.change.update.bias))
             for term in terms
             if term.change.update.bias is not None
         ]
@@ -152,7 +152,7 @@ class Modules:
         if self.form != "alphas":
             return
         if kept is not None:
-            self.add(self.passed(folder, name, stored(kept), label, is_number=True))
+            self.add(self.passed(folder, name, of_file(kept), label, is_number=True))
             return
         source = Generated("constant", (), scale=scale * rank)
         self.add(self.passed(folder, name, source, label, is_number=True))

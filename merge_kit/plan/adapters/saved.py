@@ -10,11 +10,10 @@ from merge_kit.core.dtypes import is_float, promoted
 from merge_kit.core.tensors import StoredTensor
 from merge_kit.errors import MergeKitError, MismatchError
 from merge_kit.methods.updates import AdapterMethod
-from merge_kit.plan.adapters.factors import stored
 from merge_kit.plan.adapters.groups import Member
 from merge_kit.plan.adapters.modules import Modules
 from merge_kit.plan.adapters.names_out import PREFIX, base_layer_name, with_prefix
-from merge_kit.plan.sources import Concat, Source, Sum
+from merge_kit.plan.sources import Concat, Source, Sum, of_file
 
 _HINT = (
     "set parameters: {saved: first} to take it from the first of them or {saved: mean} to average "
@@ -98,7 +97,7 @@ class Whole:
             )
             return
         self.tokens[module] = tuple(every)
-        joined = Concat(tuple(stored(holder.tensor) for holder in holders))
+        joined = Concat(tuple(of_file(holder.tensor) for holder in holders))
         self._write(name, joined, holders, "copied")
 
     def _decide(
@@ -114,14 +113,14 @@ class Whole:
             )
             self.errors.append(MismatchError(problem, where=tensor, hint="leave one of them out"))
         elif len(holders) == 1 and (first.weight == 1 or is_base or saved != "error"):
-            self._write(name, stored(first.tensor), holders, "copied")
+            self._write(name, of_file(first.tensor), holders, "copied")
         elif saved == "first":
-            self._write(name, stored(first.tensor), holders[:1], "copied")
+            self._write(name, of_file(first.tensor), holders[:1], "copied")
             for other in holders[1:]:
                 self._drop(other, f"saved: first takes {first.member.model.label}")
         elif saved == "mean" and is_float(promoted_or_first(dtypes)):
             share = 1 / len(holders)
-            mean = Sum(tuple((share, stored(holder.tensor)) for holder in holders))
+            mean = Sum(tuple((share, of_file(holder.tensor)) for holder in holders))
             self._write(name, mean, holders, "merged")
         elif len(holders) == 1:
             problem = f"{_named(holders)} holds it whole, and counts for {first.weight:g}, not 1"
@@ -136,12 +135,12 @@ class Whole:
         """Add a copy whose holders must hold the same bytes, which the run looks at first."""
         first, others = holders[0], holders[1:]
         step = self.modules.passed(
-            self.folder, name, stored(first.tensor), first.member.model.label
+            self.folder, name, of_file(first.tensor), first.member.model.label
         )
         self.modules.add(
             replace(
                 step,
-                agree=tuple(stored(holder.tensor) for holder in others),
+                agree=tuple(of_file(holder.tensor) for holder in others),
                 agree_models=tuple(holder.member.model.label for holder in others),
                 note=tensor,
             )

@@ -13,10 +13,9 @@ from itertools import combinations
 from merge_kit.core.tensors import StoredTensor, TensorSpec
 from merge_kit.io.adapter_bytes import same_bytes
 from merge_kit.io.adapter_values import Saved
-from merge_kit.plan.applying.changes import stored
 from merge_kit.plan.applying.versions import Version, overlap
 from merge_kit.plan.models import Ingredient, Model
-from merge_kit.plan.sources import Source, Stored
+from merge_kit.plan.sources import Source, Stored, of_file
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +56,7 @@ def settle(under: Source, versions: Sequence[Version], base: Model) -> Settled:
     first = copies[0][1]
     if all(same_bytes(first, other) for _, other in copies[1:]):
         label = copies[0][0].adapter.label
-        settled = replace(_without(settled, holders), under=stored(first), replaced=label)
+        settled = replace(_without(settled, holders), under=of_file(first), replaced=label)
     return settled
 
 

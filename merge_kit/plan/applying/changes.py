@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from math import prod
 from typing import Literal
 
-from merge_kit.core.tensors import StoredTensor
 from merge_kit.io.adapter_values import Update
 from merge_kit.plan.sources import (
     Concat,
@@ -15,10 +14,10 @@ from merge_kit.plan.sources import (
     Normed,
     Rows,
     Source,
-    Stored,
     Sum,
     Transposed,
     View,
+    of_file,
 )
 
 Lie = Literal["straight", "transposed"]
@@ -68,15 +67,15 @@ class Change:
         magnitude = self.update.magnitude
         assert magnitude is not None
         axis: Literal[0, 1] = 1 if self.lie == "transposed" else 0
-        return Normed(self.added_to(under), stored(magnitude), axis)
+        return Normed(self.added_to(under), of_file(magnitude), axis)
 
     def _bias(self, under: Source | None) -> Source:
         assert self.update.bias is not None
-        change = (self.factor, stored(self.update.bias))
+        change = (self.factor, of_file(self.update.bias))
         return Sum((change,) if under is None else ((1.0, under), change))
 
     def _whole(self, under: Source | None) -> Source:
-        a, b = stored(self.update.a), stored(self.update.b)
+        a, b = of_file(self.update.a), of_file(self.update.b)
         matrix = (self.shape[0], prod(self.shape[1:]))
         part = None if under is None else _shaped(under, matrix)
         left = _shaped(b, (b.shape[0], prod(b.shape[1:])))
@@ -87,8 +86,8 @@ class Change:
     def _expert(self, expert: int) -> tuple[Source, Source]:
         """Return a and b of one expert: rows of a next to one another, columns of b far apart."""
         rank, count = self.update.rank, self.update.experts
-        a = stored(self.update.a)
-        b: Source = stored(self.update.b)
+        a = of_file(self.update.a)
+        b: Source = of_file(self.update.b)
         right = View(a, expert * rank * a.shape[1], (rank, a.shape[1]))
         if self.rows != (0, 0):
             start, stop = self.rows
@@ -111,11 +110,6 @@ def _transposed(source: Source) -> Source:
 
 def _shaped(source: Source, shape: tuple[int, ...]) -> Source:
     return source if source.shape == shape else View(source, 0, shape)
-
-
-def stored(tensor: StoredTensor) -> Stored:
-    """Return the source of a tensor in a file."""
-    return Stored(tensor.span, tensor.spec.dtype, tensor.spec.shape)
 
 
 def alone(changes: tuple[Change, ...], shape: tuple[int, ...]) -> Source:

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 
-from merge_kit.architecture.ties import embedding_for, head_name, is_tied
+from merge_kit.architecture.config import class_of
+from merge_kit.architecture.ties import WITH_HEAD, embedding_for, head_name, is_tied
 from merge_kit.core.tensors import TensorSpec
 from merge_kit.errors import MismatchError
 from merge_kit.io.adapter_values import Saved, TokenRows
 from merge_kit.plan.applying.fitting import What
 from merge_kit.plan.models import Model, full_name
 
-_WITH_HEAD = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 _WITHOUT_HEAD = ("Model", "ForSequenceClassification", "ForTokenClassification", "Encoder")
 _HEAD = "lm_head.weight"
 
@@ -42,9 +42,8 @@ class Ties:
 def ties_of(model: Model) -> Ties:
     """Return the tie of a model's head, as far as config.json and names tell."""
     config, names = model.config or {}, model.tensors
-    classes = config.get("architectures")
-    first = str(classes[0]) if isinstance(classes, list) and classes else ""
-    known = first.endswith(_WITH_HEAD)
+    first = class_of(config)
+    known = first.endswith(WITH_HEAD)
     if is_tied(model.config) is False or (first.endswith(_WITHOUT_HEAD) and not known):
         return Ties()
     head = head_name(names)

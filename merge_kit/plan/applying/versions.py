@@ -10,10 +10,10 @@ from merge_kit.core.dtypes import is_float
 from merge_kit.core.tensors import TensorSpec
 from merge_kit.errors import MismatchError
 from merge_kit.io.adapter_values import Saved, TokenRows
-from merge_kit.plan.applying.changes import Change, stored
+from merge_kit.plan.applying.changes import Change
 from merge_kit.plan.applying.fitting import What
 from merge_kit.plan.models import Model
-from merge_kit.plan.sources import Concat, Rows, Source, Sum
+from merge_kit.plan.sources import Concat, Rows, Source, Sum, of_file
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +59,7 @@ class Version:
         """Return the tensor as this adapter has it when it is alone and its weight is 1."""
         saved, rows = self.saved, self.rows
         if saved is not None:
-            under = stored(saved.stored)
+            under = of_file(saved.stored)
         if rows is not None:
             under = _with_rows(under, rows)
         for change in self.changes:
@@ -142,4 +142,4 @@ def _with_rows(under: Source, rows: TokenRows) -> Source:
     order = list(range(count))
     for i, token in enumerate(rows.tokens):
         order[token] = count + i
-    return Rows(Concat((under, stored(rows.stored))), tuple(order))
+    return Rows(Concat((under, of_file(rows.stored))), tuple(order))

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from math import hypot
 from typing import Literal
 
-from merge_kit.architecture.config import Edit, edit_config
+from merge_kit.architecture.config import Edit, class_of, edit_config
 from merge_kit.architecture.vocab import is_tokenizer_file
+from merge_kit.core.names import HUB_ID
 from merge_kit.plan.accounts import ingredients
 from merge_kit.plan.adapters.config import Bias, adapter_config_text
+from merge_kit.plan.adapters.ledger import RANK
 from merge_kit.plan.adapters.made import OutModule
-from merge_kit.plan.extracting.names import architecture, short_targets, task_type
+from merge_kit.plan.extracting.names import short_targets, task_type
 from merge_kit.plan.extracting.pairs import Pair, Pairs
 from merge_kit.plan.extracting.rest import Rest, shown
 from merge_kit.plan.inputs import Inputs
@@ -23,11 +24,6 @@ from merge_kit.plan.walk import stored
 from merge_kit.recipe.values import Stage
 
 What = Literal["merged", "copied", "dropped"]
-
-_PORTABLE = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
-"""A Hub id, or a folder's name: what means the same on another machine."""
-
-_RANK = {"dropped": 0, "copied": 1, "merged": 2}
 
 
 def files(
@@ -63,7 +59,7 @@ def _base_name(stage: Stage, inputs: Inputs, base: Model) -> str:
     path, lender = stage.base_model.path, lends_files(base, inputs).checkpoint
     assert lender is not None  # lends_files
     is_stage = base.checkpoint is None
-    return path if _PORTABLE.fullmatch(path) and not is_stage else lender.name
+    return path if HUB_ID.fullmatch(path) and not is_stage else lender.name
 
 
 def notes(stage: Stage, pairs: Pairs, rest: Rest, norms: Mapping[str, float]) -> tuple[str, ...]:
@@ -80,7 +76,7 @@ def _notes(stage: Stage, pairs: Pairs, rest: Rest) -> Iterator[str]:
     assert stage.base_model is not None  # checked
     if base.checkpoint is None or base.overlay is not None:
         yield f"the adapter belongs on what {stage.base_model.text} makes, not on a model of disk"
-    kind = architecture(base.config)
+    kind = class_of(base.config)
     if kind and not pairs.naming.renamed and task_type(base.config) is None:
         yield (
             f"modules are named as the files of {base.label} name them; a program that calls those "
@@ -175,7 +171,7 @@ class _Ledger:
 
     def _enter(self, key: tuple[str, str], what: What, why: str) -> None:
         old = self._found.get(key)
-        if old is None or _RANK[old[0]] < _RANK[what]:
+        if old is None or RANK[old[0]] < RANK[what]:
             self._found[key] = what, "" if what != "dropped" else why
 
     def fates(self) -> tuple[Fate, ...]:

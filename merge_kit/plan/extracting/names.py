@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from merge_kit.architecture.config import class_of
 from merge_kit.architecture.ties import is_head
 from merge_kit.core.dtypes import is_float
 from merge_kit.core.tensors import TensorSpec
@@ -70,15 +71,9 @@ TASKS = {
 """Ends of an architecture's name, and what peft calls its task."""
 
 
-def architecture(config: Mapping[str, Any] | None) -> str:
-    """Return the class that a config names first, "" if it names none."""
-    names = (config or {}).get("architectures")
-    return str(names[0]) if isinstance(names, list) and names else ""
-
-
 def task_type(config: Mapping[str, Any] | None) -> str | None:
     """Return what peft calls the task of a model; None where it needs no name."""
-    name = architecture(config)
+    name = class_of(config)
     return next((task for end, task in TASKS.items() if name.endswith(end)), None)
 
 
@@ -113,7 +108,7 @@ def naming(config: Mapping[str, Any] | None, names: Iterable[str]) -> Naming:
     if kind in _VISUAL and any(name.startswith("visual.") for name in names):
         return Naming(renamed=_OF_VISUAL)
     renamed = _OF_NEOX if kind == "gpt_neox" else ()
-    name = architecture(config)
+    name = class_of(config)
     bare = name.endswith(("Model", "Encoder")) and not name.endswith("LMHeadModel")
     core = _CORES.get(kind)
     if not name or bare or any(name.startswith(f"{core or 'model'}.") for name in names):

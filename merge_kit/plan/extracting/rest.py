@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from merge_kit.architecture.ties import embedding_for, head_name, is_tied
+from merge_kit.architecture.config import class_of
+from merge_kit.architecture.ties import WITH_HEAD, embedding_for, head_name, is_tied
 from merge_kit.errors import MergeKitError, MismatchError
-from merge_kit.plan.extracting.names import architecture
 from merge_kit.plan.extracting.pairs import SHOWN, Pair
 from merge_kit.plan.models import Held, Model
 
@@ -159,13 +159,9 @@ def _of_head(base: Model, names: Collection[str]) -> str | None:
     """Return the embedding that is the head of a base too, None if the head has its own tensor."""
     if is_tied(base.config) is not True or head_name(names) is not None:
         return None
-    if not architecture(base.config).endswith(_WITH_HEAD):
+    if not class_of(base.config).endswith(WITH_HEAD):
         return None
     return embedding_for("lm_head.weight", base.specs)
-
-
-_WITH_HEAD = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
-"""Ends of architectures that have a head over the vocabulary."""
 
 
 def _refuse(rest: Rest, names: Sequence[str], where: str) -> None:
