@@ -37,7 +37,7 @@ class Job(ABC):
 
     def __init__(self, run: RunState, step: Step, name: str) -> None:
         self.run, self.step = run, step
-        self.kernel = Kernel(run.reader, allow_nonfinite=run.allow_nonfinite)
+        self.kernel = Kernel(run.reader, allow_nonfinite=run.allow_nonfinite, found=run.found)
         self._scratch = run.folder / FOLDER / f"scratch-{name}"
         self._phases = self.phases()
         self._left = 0

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from merge_kit.core.tensors import BLOCK, numel
-from merge_kit.engine.operands import Operands
+from merge_kit.engine.operands import Artefacts, Operands
 from merge_kit.engine.workspace import ALIGN, Workspace
 from merge_kit.io.reader import Reader
 from merge_kit.io.torch_dtypes import torch_dtype
@@ -21,6 +21,7 @@ from merge_kit.plan.values import Step
 from merge_kit.plan.walk import is_whole_aux, operand_shape
 
 NO_SCANS: Scans = MappingProxyType({})
+NOTHING_FOUND: Artefacts = MappingProxyType({})
 
 
 class NotFinite(Exception):  # noqa: N818  (becomes a NonFiniteError once it is located)
@@ -45,8 +46,10 @@ class Kernel:
         allow_nonfinite: Whether NaN and infinity in what is scanned pass.
     """
 
-    def __init__(self, reader: Reader, *, allow_nonfinite: bool = False) -> None:
-        self.operands = Operands(reader, self.compute)
+    def __init__(
+        self, reader: Reader, *, allow_nonfinite: bool = False, found: Artefacts = NOTHING_FOUND
+    ) -> None:
+        self.operands = Operands(reader, self.compute, found)
         self.allow_nonfinite = allow_nonfinite
         self.scans: dict[int, Mapping[str, Any]] = {}
         self.facts: dict[int, Sequence[Mapping[str, float]]] = {}

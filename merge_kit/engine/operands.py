@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 
@@ -20,8 +20,10 @@ from merge_kit.io.torch_dtypes import torch_dtype
 from merge_kit.methods import noise
 from merge_kit.plan.residency import PIECE
 from merge_kit.plan.sources import (
+    Chosen,
     Columns,
     Concat,
+    Found,
     Generated,
     LowRank,
     Memory,
@@ -46,6 +48,8 @@ _ASSEMBLED: dict[type[Source], Callable[..., None]] = {
     Normed: read_normed,
 }
 Compute = Callable[[Merged, int, int, Tensor, Workspace], None]
+Artefacts = Mapping[str, Mapping[str, Tensor]]
+"""What was found before the run: the tensors of each artefact by name, by its key."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,12 +58,16 @@ class Operands:
 
     Attributes:
         compute: Computes a range of a feeding step: (source, start, stop, out, workspace).
+        found: What was found before the run.
     """
 
     reader: Reader
     compute: Compute
+    found: Artefacts = field(default_factory=dict)
 
-    def read(self, source: Source, start: int, stop: int, out: Tensor, work: Workspace) -> None:
+    def read(  # noqa: C901  (one case a kind of source)
+        self, source: Source, start: int, stop: int, out: Tensor, work: Workspace
+    ) -> None:
         """Fill `out`, (stop - start,), with the elements [start, stop) of a flattened source."""
         match source:
             case Stored():
@@ -80,11 +88,13 @@ class Operands:
                 _ASSEMBLED[type(source)](self.read, source, start, stop, out, work)
             case Projected():
                 self._projected(source, start, stop, out, work)
-            case Generated(kind="normal"):
-                drawn = noise.normal((source.seed, source.key), start, stop)
-                out.copy_(drawn.mul_(source.scale))
+            case Found():
+                out.copy_(self.found[source.key][source.name].reshape(-1)[start:stop])
+            case Chosen():
+                which = int(self.found[source.key][source.name][source.place])
+                self.read(source.sources[which], start, stop, out, work)
             case Generated():
-                out.fill_(source.scale if source.kind == "constant" else 0.0)
+                _generate(source, start, stop, out)
 
     def whole(self, source: Source, dtype: torch.dtype, work: Workspace) -> Tensor:
         """Return a whole source in its shape."""
@@ -165,3 +175,10 @@ class Operands:
         if source.right is not None:
             matrix = matrix @ self.whole(source.right, torch.float64, work)
         out.copy_(matrix.flatten()[start:stop])
+
+
+def _generate(source: Generated, start: int, stop: int, out: Tensor) -> None:
+    if source.kind == "normal":
+        out.copy_(noise.normal((source.seed, source.key), start, stop).mul_(source.scale))
+    else:
+        out.fill_(source.scale if source.kind == "constant" else 0.0)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from merge_kit.core.hashing import tensor_hash
 from merge_kit.engine.agreement import check_agreement
+from merge_kit.engine.artefacts import find_artefacts
 from merge_kit.engine.jobs import CopyJob, MergeJob, Shared
 from merge_kit.engine.opening import opened
 from merge_kit.engine.pool import Pool, Task
@@ -60,6 +61,8 @@ def run_plan(
             run.writer.create(folder / shard.name, shard.nbytes, shard.header)
         resumed = _resume(run)
         left = [(i, step) for i, step in enumerate(plan.steps) if i not in resumed]
+        if left:
+            find_artefacts(run, stop)
         check_agreement(run.reader, [*plan.agreeing, *(step for _, step in left)])
         shared = whole_model(run, plan.whole_model, stop) if left else {}
         Pool(plan.bill.workers, stop).run(_tasks(run, left, shared))

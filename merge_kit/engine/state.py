@@ -71,7 +71,11 @@ class Room:
 
 @dataclass(frozen=True)
 class RunState:
-    """What the jobs of one run share."""
+    """What the jobs of one run share.
+
+    Attributes:
+        found: What was found before the run, by the artefact's key.
+    """
 
     plan: Plan
     folder: Path
@@ -81,6 +85,7 @@ class RunState:
     tally: Tally
     allow_nonfinite: bool
     heavy: Room
+    found: dict[str, Mapping[str, Tensor]] = field(default_factory=dict)
 
     def path(self, target: Target) -> Path:
         """Return the file that holds an output tensor."""

@@ -70,7 +70,7 @@ class AdapterMethod(MergeMethod):
             of those that hold it; or first, of the first that holds it.
     """
 
-    makes: ClassVar[Literal["model", "adapter"]] = "adapter"
+    makes: ClassVar[Literal["model", "adapter", "structure"]] = "adapter"
     grain: ClassVar[Grain] = "tensor"
     works_on: ClassVar[Literal["concatenation", "factors", "elements", "difference"]] = "factors"
     additive: ClassVar[bool] = True

@@ -62,6 +62,7 @@ class _Uses:
 def fates(models: Sequence[Model], stages: Stages) -> list[Fate]:
     """Return one fate for each tensor of each input, in file order."""
     uses, rows, changed = _Uses(stages), [], _changed_by(stages)
+    left = {key: why for assembly, _, _ in stages for key, why in assembly.left_out.items()}
     for model in models:
         idle = model.adapter.dropped if model.adapter is not None else {}
         for name in model.tensors:
@@ -75,6 +76,8 @@ def fates(models: Sequence[Model], stages: Stages) -> list[Fate]:
             elif tensor in uses.passed_over:
                 why = f"on_conflict: {stages[-1][0].stage.on_conflict}"
                 rows.append(Fate(model.key, name, "dropped", why))
+            elif tensor in left:
+                rows.append(Fate(model.key, name, "dropped", left[tensor]))
             else:
                 why = _why(changed.get(tensor, name), stages)
                 rows.append(Fate(model.key, name, "dropped", why))

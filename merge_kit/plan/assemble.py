@@ -30,6 +30,8 @@ class Assembly:
         donor: The model whose config and side files the result takes: the base, or the first.
         stack: The stack that was sliced, or None.
         origins: Where each of its output layers comes from.
+        left_out: Why a tensor of a model is dropped, where the stage knows better than the form
+            of the recipe tells.
     """
 
     stage: Stage
@@ -39,6 +41,7 @@ class Assembly:
     stack: Stack | None = None
     origins: list[LayerOrigin] = field(default_factory=list)
     first_sources: list[tuple[Model, int]] = field(default_factory=list)
+    left_out: dict[tuple[Model, str], str] = field(default_factory=dict)
 
 
 class Assembler:

@@ -12,6 +12,8 @@ from merge_kit.io.side_files import OF_COURSE
 from merge_kit.plan.accounts import fates
 from merge_kit.plan.adapters.made import AdapterPlan
 from merge_kit.plan.assemble import Assembly
+from merge_kit.plan.building.built import Site
+from merge_kit.plan.building.stage import build, builds, misplaced_structures
 from merge_kit.plan.chains import Chains
 from merge_kit.plan.configs import result_parts
 from merge_kit.plan.evidence import Evidence
@@ -20,11 +22,11 @@ from merge_kit.plan.finishing import Draft, Limits, finish, package_version
 from merge_kit.plan.inputs import Inputs
 from merge_kit.plan.layout import place, place_steps
 from merge_kit.plan.making import makes_adapters, misplaced, plan_adapters
-from merge_kit.plan.models import Model
+from merge_kit.plan.models import Model, Part
 from merge_kit.plan.side_files import lends_files, side_files
 from merge_kit.plan.stages import assemble
 from merge_kit.plan.steps import Made, StepMaker
-from merge_kit.plan.values import Fitted, Plan, Step
+from merge_kit.plan.values import Artefact, Fitted, Plan, Step
 from merge_kit.plan.walk import merged_sources
 from merge_kit.plan.whole_model import differing, model_scans
 from merge_kit.recipe.values import Recipe, Stage
@@ -47,11 +49,14 @@ class _Planner:
     evidence: Evidence
     findings: Findings = field(default_factory=Findings)
     chains: Chains = field(default_factory=Chains)
+    artefacts: list[Artefact] = field(default_factory=list)
 
     def stage(self, number: int, stage: Stage) -> _Planned:
         """Plan one stage and make its result known to later ones."""
-        assembly = assemble(stage, self.inputs, self.findings)
         maker = StepMaker(stage, self.recipe.seed, number, self.evidence)
+        if builds(stage):
+            return self._built(number, stage, maker)
+        assembly = assemble(stage, self.inputs, self.findings)
         made = []
         for item in assembly.items:
             if not item.parts:
@@ -65,7 +70,22 @@ class _Planner:
         if problem is not None:
             self.findings.problem(problem)
         self.findings.raise_any()
-        parts = result_parts(assembly, made)
+        return self._known(number, assembly, made, result_parts(assembly, made))
+
+    def _built(self, number: int, stage: Stage, maker: StepMaker) -> _Planned:
+        """Plan a stage that builds a model of another structure."""
+        built = build(Site(stage, self.inputs, self.findings, maker, number))
+        self.findings.raise_any()
+        self._refuse_quantised(built.assembly, built.made)
+        self.findings.raise_any()
+        self.artefacts += built.artefacts
+        return self._known(number, built.assembly, list(built.made), built.parts)
+
+    def _known(
+        self, number: int, assembly: Assembly, made: list[Made], parts: tuple[Part, ...]
+    ) -> _Planned:
+        """Make the result of a stage known to later ones."""
+        stage = assembly.stage
         key = stage.name or "output"
         self.chains.add(key, stage, made)
         model = Model(key, key, parts, {m.item.name: m.held for m in made})
@@ -126,7 +146,7 @@ def build_plan(
     """
     inputs = Inputs(recipe)
     planner = _Planner(recipe, inputs, Evidence(recipe.folder))
-    for error in (*inputs.errors, *misplaced(recipe)):
+    for error in (*inputs.errors, *misplaced(recipe), *misplaced_structures(recipe)):
         planner.findings.problem(error)
     planner.findings.raise_any()
     for note in recipe.notes:
@@ -170,6 +190,7 @@ def _model_draft(planner: _Planner, planned: list[_Planned]) -> Draft:
         architecture=str(config.get("model_type", "")),
         layers=stack.count if stack is not None else None,
         layer_map=tuple(assembly.origins),
+        artefacts=tuple(planner.artefacts),
     )
 
 
@@ -204,6 +225,7 @@ def _adapter_draft(planner: _Planner, planned: list[_Planned], made: AdapterPlan
         fits=frozenset(step.outputs[0].key for step in made.fits),
         looks=[step for step in made.fits if step.outputs[0].key not in keys],
         ranks=made.ranks,
+        artefacts=tuple(planner.artefacts),
     )
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from merge_kit.methods.base import MergeMethod, PerModel
 from merge_kit.methods.registry import parameters
 from merge_kit.plan.sources import (
+    Chosen,
     Columns,
     Concat,
     LowRank,
@@ -131,7 +132,7 @@ def origin(source: Source, files: Mapping[Path, str]) -> str:
             return files.get(span.path, span.path.name).split("/", 1)[0]
         case LowRank(weight=weight, a=a):
             return origin(a if weight is None else weight, files)
-        case Concat(sources=sources) | Columns(sources=sources):
+        case Concat(sources=sources) | Columns(sources=sources) | Chosen(sources=sources):
             return origin(sources[0], files)
         case Sum(terms=terms):
             return origin(terms[0][1], files)

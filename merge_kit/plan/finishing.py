@@ -6,14 +6,20 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 
 from merge_kit.core.dtypes import is_float
+from merge_kit.core.sizes import format_size
+from merge_kit.errors import PlanError
 from merge_kit.io.values import WeightFile
 from merge_kit.plan import cost
+from merge_kit.plan.process import process_bytes
 from merge_kit.plan.spilling import with_spills
+from merge_kit.plan.step_memory import ALGEBRA_BYTES
 from merge_kit.plan.values import (
+    Artefact,
+    Bill,
     Fate,
     LayerOrigin,
     ModuleRank,
@@ -71,6 +77,7 @@ class Draft:
     fits: frozenset[str] = frozenset()
     looks: Sequence[Step] = ()
     ranks: tuple[ModuleRank, ...] = ()
+    artefacts: tuple[Artefact, ...] = ()
 
 
 def finish(draft: Draft, recipe: Recipe, limits: Limits) -> Plan:
@@ -83,7 +90,9 @@ def finish(draft: Draft, recipe: Recipe, limits: Limits) -> Plan:
     tensors = len(draft.fates) + len(steps)
     spilled = [with_spills(step) for step in (*steps, *draft.feeding, *draft.looks)]
     blocks = [limits.slab_blocks] if limits.slab_blocks is not None else None
-    every, peak = cost.fit(spilled, workers, tensors, limits.memory_bytes, blocks)
+    kept = sum(one.kept_bytes for one in draft.artefacts)
+    room = None if limits.memory_bytes is None else limits.memory_bytes - kept
+    every, peak = cost.fit(spilled, workers, tensors, room, blocks)
     sized, rest = every[: len(steps)], every[len(steps) :]
     more, looks = rest[: len(draft.feeding)], rest[len(draft.feeding) :]
     fits = (*(step for step in sized if step.outputs[0].key in draft.fits), *looks)
@@ -99,7 +108,9 @@ def finish(draft: Draft, recipe: Recipe, limits: Limits) -> Plan:
         layers=draft.layers,
         parameters=sum(t.spec.numel for s in sized for t in s.outputs),
         dtypes=_dtypes(sized),
-        bill=cost.bill(sized, workers, peak, (*more, *fits), tensors),
+        bill=_with_artefacts(
+            cost.bill(sized, workers, peak, (*more, *fits), tensors), draft.artefacts, limits
+        ),
         notes=draft.notes,
         identity=_identity(recipe, (*draft.inputs, *draft.statistics), sized),
         seed=recipe.seed,
@@ -108,6 +119,34 @@ def finish(draft: Draft, recipe: Recipe, limits: Limits) -> Plan:
         statistics=draft.statistics,
         fits=fits,
         ranks=draft.ranks,
+        artefacts=draft.artefacts,
+    )
+
+
+def _with_artefacts(bill: Bill, artefacts: Sequence[Artefact], limits: Limits) -> Bill:
+    """Return the bill with what is found before the run.
+
+    Raises:
+        PlanError: If the memory is too small for that.
+    """
+    if not artefacts:
+        return bill
+    kept = sum(one.kept_bytes for one in artefacts)
+    worst = max(artefacts, key=lambda one: one.peak_bytes)
+    alone = process_bytes() + ALGEBRA_BYTES + kept + worst.peak_bytes
+    if limits.memory_bytes is not None and alone > limits.memory_bytes:
+        raise PlanError(
+            f"the budget is {format_size(limits.memory_bytes)}, and finding {worst.key} needs "
+            f"{format_size(alone)}",
+            where="--memory",
+            hint="raise --memory",
+        )
+    return replace(
+        bill,
+        read_bytes=bill.read_bytes + sum(one.read_bytes for one in artefacts),
+        flops=bill.flops + sum(one.flops for one in artefacts),
+        solves=bill.solves + sum(one.flops > 0 for one in artefacts),
+        peak_bytes=max(bill.peak_bytes + kept, alone),
     )
 
 

@@ -48,7 +48,7 @@ class Slicer:
             spans = [entry.layers for entry in group.entries if entry.layers is not None]
             count = len(spans[0])
             for k in range(count):
-                at = [(m, s.start + k) for m, s in zip(group.models, spans, strict=True)]
+                at = [(m, s[k]) for m, s in zip(group.models, spans, strict=True)]
                 out = len(result.origins)
                 sources = tuple((model.key, layer) for model, layer in at)
                 result.origins.append(LayerOrigin(self.stack.prefix, out, sources))

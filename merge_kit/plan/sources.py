@@ -226,6 +226,48 @@ class Generated:
 
 
 @dataclass(frozen=True, slots=True)
+class Found:
+    """Numbers that are found before the run, of weights or of prompts.
+
+    Attributes:
+        key: Of the artefact that holds them; see `plan.values.Artefact`.
+        name: Of the tensor in it.
+    """
+
+    key: str
+    name: str
+    shape: tuple[int, ...]
+
+    @property
+    def dtype(self) -> str:
+        return "F32"
+
+
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """One of several sources of equal shape and dtype: which one is found before the run.
+
+    Attributes:
+        key: Of the artefact.
+        name: Of a vector of whole numbers in it.
+        place: Where the vector holds the number of the source.
+    """
+
+    sources: tuple[Source, ...]
+    key: str
+    name: str
+    place: int
+
+    @property
+    def dtype(self) -> str:
+        return self.sources[0].dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.sources[0].shape
+
+
+@dataclass(frozen=True, slots=True)
 class Merged:
     """What a step of another stage yields: recomputed slab by slab, or spilled to scratch.
 
@@ -254,6 +296,8 @@ Source = (
     | Transposed
     | Normed
     | Generated
+    | Found
+    | Chosen
     | Merged
 )
 

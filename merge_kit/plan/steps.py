@@ -133,6 +133,38 @@ class StepMaker:
         merged = Merged(step, self.stage.out_dtype or self.stage.dtype or between, shape)
         return Made(item, Held(item.component, spec, merged), step, "merged", item.parts)
 
+    def of_source(
+        self, item: Item, source: Source, dtype: str, takes: tuple[Part, ...] | None = None
+    ) -> Made:
+        """Return a tensor that is read from any source, in the stage's dtype or else in this one.
+
+        Args:
+            item: Its name, and the parts that it is made of.
+            dtype: As in a header.
+            takes: Those of the parts that become part of it; all by default.
+        """
+        named = self.stage.out_dtype or self.stage.dtype
+        out = named if named and is_float(dtype) else dtype
+        spec = TensorSpec(_file_name(item), out, source.shape)
+        wide = out == "F64" or _reads_float64(source)
+        compute: Literal["F32", "F64"] = "F64" if wide else "F32"
+        step = Step(
+            action="merge",
+            outputs=(Target(item.name, spec, -1, 0),),
+            inputs=(source,),
+            models=tuple(dict.fromkeys(part.model.label for part in item.parts))[:1]
+            or ("generated",),
+            method=Passthrough(),
+            weights=(1.0,),
+            compute=compute,
+            group=self.group,
+            seed=self.seed,
+            note=item.note,
+        )
+        merged = Merged(step, named or compute, source.shape)
+        held = Held(item.component, spec, merged)
+        return Made(item, held, step, "merged", item.parts if takes is None else takes)
+
     def _copied(self, item: Item, part: Part) -> Made:
         """Return a copy whatever dtype the stage names; what is still in float32 takes it."""
         in_flight = _source(part).dtype != _held(part).spec.dtype and part.model.overlay is None

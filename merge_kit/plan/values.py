@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from merge_kit.core.tensors import TensorSpec
 from merge_kit.io.values import WeightFile
@@ -166,6 +166,27 @@ class Fitted:
 
 
 @dataclass(frozen=True, slots=True)
+class Artefact:
+    """Numbers that are found of weights or of prompts before the run, and kept beside it.
+
+    Attributes:
+        key: Unique in the plan; a file's name.
+        task: What is done to find them; see `engine.artefacts`.
+        peak_bytes: Memory that finding them takes, on top of the process.
+        kept_bytes: Memory that they take during the run.
+        read_bytes: Bytes that are read of the inputs.
+        flops: Operations of products and decompositions.
+    """
+
+    key: str
+    task: Any
+    peak_bytes: int
+    kept_bytes: int
+    read_bytes: int = 0
+    flops: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
 class LayerOrigin:
     """Where one output layer comes from: (model key, its layer) a source."""
 
@@ -224,6 +245,7 @@ class Plan:
             out for the largest result that they can have. None once what they found is in.
         ranks: Rank of each module that the output's adapters change, in the order of the steps;
             upper bounds while there are fits.
+        artefacts: What is found of weights or of prompts before the steps run.
     """
 
     method: str
@@ -246,6 +268,7 @@ class Plan:
     statistics: tuple[PlanInput, ...] = ()
     fits: tuple[Step, ...] = ()
     ranks: tuple[ModuleRank, ...] = ()
+    artefacts: tuple[Artefact, ...] = ()
 
     @property
     def read(self) -> tuple[PlanInput, ...]:

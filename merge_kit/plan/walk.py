@@ -7,6 +7,7 @@ from dataclasses import fields, replace
 from typing import Any
 
 from merge_kit.plan.sources import (
+    Chosen,
     Columns,
     Concat,
     LowRank,
@@ -47,7 +48,7 @@ def parts(source: Source) -> list[Source]:
     match source:
         case Rows() | View() | Permuted() | Transposed():
             return [source.source]
-        case Concat() | Columns():
+        case Concat() | Columns() | Chosen():
             return list(source.sources)
         case Sum():
             return [part for _, part in source.terms]

@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 
 from merge_kit.errors import RecipeError
+from merge_kit.methods.structures import Listed
 from merge_kit.recipe.nodes import shown
 from merge_kit.recipe.values import Mark, Parameters, Scalar
 
@@ -15,6 +16,7 @@ EXPECTED: dict[type, str] = {
     int: "a whole number",
     bool: "true or false",
     str: "text",
+    Listed: "a list of whole numbers",
 }
 """What a value of each type is called in messages."""
 

@@ -10,6 +10,7 @@ from types import MappingProxyType
 from merge_kit.core.names import nearest
 from merge_kit.methods.base import MergeMethod
 from merge_kit.methods.registry import every_parameter, parameters
+from merge_kit.methods.structures import Listed
 from merge_kit.recipe.findings import Findings
 from merge_kit.recipe.keys import DEAD_KEYS, DIALECT_PARAMETERS, SETTING_KEYS
 from merge_kit.recipe.lookup import EXPECTED, converted
@@ -95,6 +96,9 @@ def _names(methods: tuple[type[MergeMethod], ...]) -> set[str]:
 
 def _rules(findings: Findings, node: Node, kind: type | None) -> tuple[Rule, ...]:
     """Return the rules of one setting; none for an empty list, which means "not set"."""
+    if kind is Listed:
+        values = _listed(findings, node)
+        return (Rule(values),) if values else ()
     match node.content:
         case Mapping():
             rule = _rule(findings, node, kind)
@@ -107,6 +111,18 @@ def _rules(findings: Findings, node: Node, kind: type | None) -> tuple[Rule, ...
         case _:
             values = _values(findings, node, kind)
             return (Rule(values),) if values else ()
+
+
+def _listed(findings: Findings, node: Node) -> tuple[Scalar, ...]:
+    """Return whole numbers, or one word."""
+    if isinstance(node.content, str):
+        word = findings.text(node)
+        return (word,) if word is not None else ()
+    items = node.content if isinstance(node.content, tuple) else (node,)
+    if not items:
+        findings.wrong(node, EXPECTED[Listed], "leave it out")
+    numbers = [findings.whole(item) for item in items]
+    return tuple(number for number in numbers if number is not None)
 
 
 def _rule(findings: Findings, node: Node, kind: type | None) -> Rule | None:

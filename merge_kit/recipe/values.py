@@ -9,7 +9,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Literal
 
-from merge_kit.core.layers import LayerRange
+from merge_kit.core.layers import Layers
 
 Scalar = float | int | bool | str
 
@@ -98,23 +98,41 @@ class ModelRef:
 
 
 @dataclass(frozen=True, slots=True)
+class Prompts:
+    """Texts that a router is to send to an expert, and texts that it is not to send there."""
+
+    positive: tuple[str, ...]
+    negative: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Entry:
-    """One model of a list, or one source of a slice (`layers` is then set)."""
+    """One model of a list, or one source of a slice (`layers` is then set).
+
+    Attributes:
+        prompts: What its expert is for, where models become experts.
+    """
 
     model: ModelRef
     parameters: Parameters
     mark: Mark
-    layers: LayerRange | None = None
+    layers: Layers | None = None
+    prompts: Prompts | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Slice:
-    """A run of output layers and where they come from."""
+    """A run of output layers and where they come from.
+
+    Attributes:
+        merge_method: Method of this slice, instead of the recipe's.
+    """
 
     sources: tuple[Entry, ...]
     mark: Mark
     base_model: ModelRef | None = None
     parameters: Parameters = field(default_factory=lambda: NO_PARAMETERS)
+    merge_method: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,6 +186,7 @@ class Stage:
         on_conflict: What to do with integer and bool tensors that differ between models.
         uses: Adapters that are made at once: the folder of each, and its weights in the order of
             models.
+        shared_experts: Models whose MLPs become experts that every token passes.
     """
 
     merge_method: str
@@ -184,6 +203,7 @@ class Stage:
     tokenizer: TokenizerChoice | None = None
     on_conflict: Literal["error", "base", "first"] = "error"
     uses: tuple[tuple[str, tuple[float, ...]], ...] = ()
+    shared_experts: tuple[Entry, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,62 @@
+"""Finds what a plan needs of weights or of prompts before its steps run, and keeps it.
+
+What is found is a few small tensors, stored beside the journal: a run that goes on later reads
+them, so that it goes on with the same numbers.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from merge_kit.engine.journal import FOLDER
+from merge_kit.engine.kernel import Kernel
+from merge_kit.engine.operands import Operands
+from merge_kit.engine.state import RunState
+from merge_kit.errors import InterruptedRun
+
+Finder = Callable[[Any, Operands, threading.Event], Mapping[str, Tensor]]
+"""(task, operands, stop) -> tensors by name; it looks at `stop` now and then, and raises
+InterruptedRun if it is set."""
+
+FINDERS: dict[type, Finder] = {}
+"""How each kind of task is done; see `plan.values.Artefact`."""
+
+
+def find_artefacts(run: RunState, stop: threading.Event) -> None:
+    """Fill `run.found` with the plan's artefacts: those of an earlier run, or found now.
+
+    Raises:
+        InterruptedRun: If `stop` was set.
+        MergeKitError: If one cannot be found.
+    """
+    for artefact in run.plan.artefacts:
+        if stop.is_set():
+            raise InterruptedRun(2, hint="run the same command again to go on from here")
+        path = run.folder / FOLDER / f"found-{artefact.key}.safetensors"
+        known = _read(path)
+        if known is None:
+            operands = Kernel(run.reader, found=run.found).operands
+            known = dict(FINDERS[type(artefact.task)](artefact.task, operands, stop))
+            _write(path, known)
+        run.found[artefact.key] = known
+
+
+def _read(path: Path) -> Mapping[str, Tensor] | None:
+    """Return what an earlier run found, None if it did not come so far."""
+    try:
+        return load_file(path)
+    except (FileNotFoundError, SafetensorError):
+        return None
+
+
+def _write(path: Path, found: dict[str, Tensor]) -> None:
+    partial = path.with_suffix(".partial")
+    save_file({name: tensor.contiguous() for name, tensor in found.items()}, partial)
+    partial.rename(path)

@@ -1,0 +1,1 @@
+"""Stages that build a model of another structure: other layers, experts, or sizes."""
