@@ -1,0 +1,110 @@
+"""A mixture of experts out of dense models: their MLPs as experts, all else once."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from merge_kit.errors import ParameterError
+from merge_kit.methods.base import PerModel, per_model
+from merge_kit.methods.registry import register
+from merge_kit.methods.structures import Listed, StructureMethod
+
+SPARSE_WORDS = ("all", "even", "odd")
+"""What `sparse_layers` may be in place of a list."""
+
+
+@register("sparse_upcycle")
+@dataclass(frozen=True, kw_only=True)
+class SparseUpcycle(StructureMethod):
+    """Turn dense models into a mixture of experts: the MLPs become experts, all else is taken once.
+
+    expert e of layer l = the MLP of model e in layer l, (W + noise_scale * N(0, 1)) for each of its
+    matrices, then its down projection times residual_scale
+    all other tensors = those of base_model, or the mean of the models
+    router of layer l = rows of `router`, one an expert
+
+    Models: base_model alone or one model gives num_experts copies (8 by default); several models
+    give one expert each. A num_experts that is a multiple of the number of models repeats them in
+    turn: 0, 1, 2, 0, 1, 2. What every token passes of all experts is weighed by the softmax over
+    the experts_per_token largest router logits, so that copies without noise and with
+    residual_scale 1 compute just what the dense model does.
+
+    Attributes:
+        num_experts: How many experts a sparse layer has; by default one a model, and 8 copies of
+            a single one.
+        experts_per_token: How many of them each token passes, at most num_experts.
+        architecture: Layout of the result; by default that of the base's model_type: llama and
+            mistral become mixtral, qwen2 becomes qwen2_moe, qwen3 becomes qwen3_moe.
+        router: "random", normal numbers of standard deviation router_scale; "uniform_random", even
+            ones within plus and minus router_scale; "zero"; of prompts, "cheap_embed" (the mean of
+            their embeddings), "hidden" (the mean of the hidden states that the router will see) or
+            "hidden_avg" (the same with every token of every prompt counted alike).
+        router_scale: Size of random router weights, at least 0: 0.02 for random, and
+            1 / sqrt(hidden_size) for uniform_random.
+        sparse_layers: Numbers of the layers that get experts, or "all", "even" or "odd"; the others
+            stay dense. Only qwen2_moe and qwen3_moe have such a switch.
+        non_experts: Whose attention, norms, embeddings and head: "base", or the "average" of the
+            models.
+        shared_expert: Output projection of the expert that every token of a qwen2_moe passes, where
+            no `shared_experts` are given: "zero", so that it adds nothing, or "copy", as the base has it.
+        noise_scale: Standard deviation of what is added to each matrix of an expert, at least 0.
+        residual_scale: Factor on the down projection of an expert, any finite number.
+
+    Cost: one pass; without noise and scales the experts are copied byte for byte.
+    Source: Komatsuzaki et al. 2023, Sparse Upcycling, https://arxiv.org/abs/2212.05055; experts of
+        several models: Sukhbaatar et al. 2024, Branch-Train-MiX, https://arxiv.org/abs/2403.07816
+    """
+
+    takes_base: ClassVar[bool] = True
+    min_inputs: ClassVar[int] = 0
+
+    num_experts: int | None = None
+    experts_per_token: int = 2
+    architecture: Literal["mixtral", "qwen2_moe", "qwen3_moe"] | None = None
+    router: Literal["zero", "random", "uniform_random", "cheap_embed", "hidden", "hidden_avg"] = (
+        "random"
+    )
+    router_scale: float | None = None
+    sparse_layers: Listed | None = None
+    non_experts: Literal["base", "average"] = "base"
+    shared_expert: Literal["zero", "copy"] = "zero"
+    noise_scale: PerModel[float] = per_model(0.0)
+    residual_scale: PerModel[float] = per_model(1.0)
+
+    def __post_init__(self) -> None:
+        if self.num_experts is not None and self.num_experts < 1:
+            raise ParameterError("num_experts", f"is {self.num_experts}, expected at least 1")
+        self._check_top_k()
+        if self.router_scale is not None and not 0 <= self.router_scale < math.inf:
+            problem = f"is {self.router_scale:g}, expected a finite number of at least 0"
+            raise ParameterError("router_scale", problem)
+        self._check_layers()
+        for value in self.noise_scale:
+            if not 0 <= value < math.inf:
+                problem = f"is {value:g}, expected a finite number of at least 0"
+                raise ParameterError("noise_scale", problem)
+        for value in self.residual_scale:
+            if not math.isfinite(value):
+                raise ParameterError("residual_scale", f"is {value:g}, expected a finite number")
+
+    def _check_top_k(self) -> None:
+        top_k, experts = self.experts_per_token, self.num_experts
+        if top_k < 1:
+            raise ParameterError("experts_per_token", f"is {top_k}, expected at least 1")
+        if experts is not None and top_k > experts:
+            problem = f"is {top_k}, and there are {experts} experts"
+            hint = "a token passes each expert at most once: lower it, or raise num_experts"
+            raise ParameterError("experts_per_token", problem, hint=hint)
+
+    def _check_layers(self) -> None:
+        layers = self.sparse_layers
+        if layers is None:
+            return
+        if layers.word and layers.word not in SPARSE_WORDS:
+            problem = f"is {layers.word!r}, expected a list of layers, or all, even or odd"
+            raise ParameterError("sparse_layers", problem)
+        if not layers.word and not layers.numbers:
+            hint = "leave it out to make every layer sparse"
+            raise ParameterError("sparse_layers", "names no layer", hint=hint)
