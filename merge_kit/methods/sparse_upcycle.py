@@ -48,7 +48,8 @@ class SparseUpcycle(StructureMethod):
         non_experts: Whose attention, norms, embeddings and head: "base", or the "average" of the
             models.
         shared_expert: Output projection of the expert that every token of a qwen2_moe passes, where
-            no `shared_experts` are given: "zero", so that it adds nothing, or "copy", as the base has it.
+            no `shared_experts` are given: "zero", so that it adds nothing, or "copy", that of the
+            base.
         noise_scale: Standard deviation of what is added to each matrix of an expert, at least 0.
         residual_scale: Factor on the down projection of an expert, any finite number.
 
