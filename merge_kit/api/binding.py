@@ -65,7 +65,7 @@ def bind(
         if known[key].per_model and isinstance(value, list | tuple)
     }
     nodes, start = tuple(map(as_node, models)), None if base is None else as_node(base)
-    if kind.makes == "model":
+    if kind.makes != "adapter":
         start = None if start is None else grounded(start, None, name)
         nodes = tuple(grounded(node, start, name) for node in nodes)
         refuse_twins(nodes, name)

@@ -112,14 +112,14 @@ def difference(terms: Sum) -> dict[str, Tensor]:
     from merge_kit.engine.in_memory import merge_each  # noqa: PLC0415  (torch)
 
     lowered, workers = lower(request((), terms)), worker_count(None)
-    kept = inner_results(lowered, workers, allow_nonfinite=False)
+    kept, first = inner_results(lowered, workers, allow_nonfinite=False)
     steps = [ready(made.step, kept) for made in lowered.made if made.fate == "merged"]
     results: dict[str, Tensor] = {}
 
     def keep(index: int, tensor: Tensor) -> None:
         results[steps[index].outputs[0].key] = tensor
 
-    merge_each(steps, lowered.files, keep, workers=workers)
+    merge_each(steps, lowered.files, keep, workers=workers, found=first)
     return {step.outputs[0].key: results[step.outputs[0].key] for step in steps}
 
 
@@ -132,9 +132,9 @@ def scanned(sums: Sequence[Sum], measures: Sequence[str]) -> list[tuple[Step, di
     trees = Trees(nodes)
     method = Summed(sums=tuple(map(trees.tree, sums)), measured=tuple(measures))
     lowered, workers = lower(_linear(nodes, "first", _Into(method, ()))), worker_count(None)
-    kept = inner_results(lowered, workers, allow_nonfinite=False)
+    kept, first = inner_results(lowered, workers, allow_nonfinite=False)
     steps = [ready(made.step, kept) for made in lowered.made if made.fate == "merged"]
-    found = scan_each(steps, lowered.files, workers=workers)
+    found = scan_each(steps, lowered.files, workers=workers, found=first)
     return [(step, dict(results)) for step, results in zip(steps, found, strict=True)]
 
 

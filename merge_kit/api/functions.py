@@ -15,6 +15,7 @@ from merge_kit.errors import UsageError
 from merge_kit.methods import registry
 from merge_kit.methods.base import MergeMethod
 from merge_kit.methods.registry import Parameter
+from merge_kit.methods.structures import Listed
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -40,6 +41,24 @@ Returns a merge that is carried out by `.state_dict()` or `.save(folder)`, or st
 """
 
 
+_STRUCTURE_FORM = """
+
+Write `method(model, ...)` or `method(models, ...)`; `base=...` says the base, where there is one.
+
+Args:
+    first: The model, or the models: paths, mappings of tensors, modules, loaded models, or results
+        of other merges.
+    models: Where `first` is the base.
+    base: The base model, likewise.
+    seed: Of everything random; default 0, or that of a merge among the models.
+
+What stands in config.json is known of models on disk only. A parameter that each model may set is
+one value for all, or a list with one value a model.
+
+Returns a model that is built by `.state_dict()` or `.save(folder)`, or stands for a model.
+"""
+
+
 _ADAPTER_FORM = """
 
 Args:
@@ -55,7 +74,10 @@ Returns an adapter that is made by `.save(folder)` or `.state_dict()`, and plann
 
 def annotation(parameter: Parameter) -> str:
     """Return the type of a parameter's argument."""
-    kind, none = parameter.kind.__name__, " | None" if parameter.optional else ""
+    none = " | None" if parameter.optional else ""
+    if parameter.kind is Listed:
+        return f"int | str | Sequence[int]{none}"
+    kind = parameter.kind.__name__
     many = f" | Sequence[{kind}{none}]" if parameter.per_model or kind != "str" else ""
     return f"{kind}{many}{none}"
 
@@ -127,7 +149,7 @@ def _function(
         **parameters: Any,
     ) -> LazyMerge | LazyAdapter:
         if models is None:
-            models, first = listed(name, first), None
+            models, first = _models(method, first), None
         if first is not None and base is not None:
             problem = "found the base twice, expected it once"
             raise UsageError(problem, where=name, hint=f"write {name}(base, [a, b], ...)")
@@ -142,10 +164,17 @@ def _function(
     alone = _takes_adapters(method)
     function: Any = of_adapters if alone else of_models
     function.__name__ = function.__qualname__ = name
-    function.__doc__ = cleandoc(method.__doc__ or "") + (_ADAPTER_FORM if alone else _FORM)
+    form = _STRUCTURE_FORM if method.makes == "structure" else _FORM
+    function.__doc__ = cleandoc(method.__doc__ or "") + (_ADAPTER_FORM if alone else form)
     function.__signature__ = signature(method)
     made: Callable[..., LazyMerge] | Callable[..., LazyAdapter] = function
     return made
+
+
+def _models(method: type[MergeMethod], found: Any) -> Sequence[Any]:
+    """Return the models of a call; a method that builds a model may be given one, and no list."""
+    one = method.makes == "structure" and found is not None and not isinstance(found, list | tuple)
+    return [found] if one else listed(method.method_name, found)
 
 
 def _operand(name: str, base: Any) -> Operand | None:

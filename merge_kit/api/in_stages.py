@@ -13,9 +13,12 @@ from merge_kit.plan.cost import sized
 from merge_kit.plan.sources import Memory, Merged, Source
 from merge_kit.plan.steps import Made
 from merge_kit.plan.values import Step
+from merge_kit.plan.walk import with_parts, with_sources
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from merge_kit.engine.operands import Artefacts
 
 Emit = Callable[[int, "Tensor"], None]
 Kept = dict[int, "Tensor"]
@@ -28,12 +31,18 @@ def computed(made: Made) -> bool:
     return made.fate == "merged" or in_flight or not is_at_hand(made.held.source)
 
 
-def inner_results(lowered: Lowered, workers: int, *, allow_nonfinite: bool) -> Kept:
-    """Return what the stages before the last yield, in the dtype in which they feed others."""
+def inner_results(
+    lowered: Lowered, workers: int, *, allow_nonfinite: bool
+) -> tuple[Kept, Artefacts]:
+    """Return what the stages before the last yield, in the dtype in which they feed others.
+
+    And what must be found before the last one.
+    """
     from merge_kit.engine.in_memory import merge_each  # noqa: PLC0415  (torch)
 
     kept: Kept = {}
-    for stage in lowered.stages[:-1]:
+    found = _found(lowered, 0, kept, {})
+    for number, stage in enumerate(lowered.stages[:-1]):
         for name, _ in copies(lowered, tuple(m for m in stage if m.step.agree)):
             del name  # only looked at: integers must be equal in all models
         fresh = [m for m in stage if isinstance(m.held.source, Merged)]
@@ -43,8 +52,27 @@ def inner_results(lowered: Lowered, workers: int, *, allow_nonfinite: bool) -> K
         def keep(index: int, tensor: Tensor, fresh: list[Made] = fresh) -> None:
             kept[_id(fresh[index].held.source)] = tensor.flatten()
 
-        merge_each(steps, lowered.files, keep, workers=workers, allow_nonfinite=allow_nonfinite)
-    return kept
+        merge_each(
+            steps,
+            lowered.files,
+            keep,
+            workers=workers,
+            allow_nonfinite=allow_nonfinite,
+            found=found,
+        )
+        found = _found(lowered, number + 1, kept, found)
+    return kept, found
+
+
+def _found(lowered: Lowered, number: int, kept: Kept, found: Artefacts) -> Artefacts:
+    """Return what was found, and what must be found before this stage."""
+    due = lowered.artefacts[number]
+    if not due:
+        return found
+    from merge_kit.engine.in_memory import find_each  # noqa: PLC0415  (torch)
+
+    at_hand = [replace(one, task=with_sources(one.task, _at_hand(kept))) for one in due]
+    return find_each(at_hand, lowered.files, found)
 
 
 def _id(source: Source) -> int:
@@ -61,12 +89,7 @@ def _feeding(made: Made) -> Step:
 
 def ready(step: Step, kept: Kept) -> Step:
     """Return a step with a slab size, whose operands are in files or in memory."""
-
-    def at_hand(source: Source) -> Source:
-        if not isinstance(source, Merged):
-            return source
-        return Memory(kept[id(source.step)], source.dtype, source.shape)
-
+    at_hand = _at_hand(kept)
     step = replace(
         step,
         base=None if step.base is None else at_hand(step.base),
@@ -74,6 +97,17 @@ def ready(step: Step, kept: Kept) -> Step:
         aux=tuple((name, at_hand(source)) for name, source in step.aux),
     )
     return sized(step, None)
+
+
+def _at_hand(kept: Kept) -> Callable[[Source], Source]:
+    """Return what puts what is kept in the place of results of stages."""
+
+    def change(source: Source) -> Source:
+        if isinstance(source, Merged):
+            return Memory(kept[id(source.step)], source.dtype, source.shape)
+        return with_parts(source, change)
+
+    return change
 
 
 def copies(lowered: Lowered, stage: tuple[Made, ...]) -> Iterator[tuple[str, Tensor]]:

@@ -14,6 +14,8 @@ from merge_kit.api.requests import Request
 from merge_kit.errors import MergeKitError, MismatchError
 from merge_kit.io.values import WeightFile
 from merge_kit.plan.assemble import Assembly
+from merge_kit.plan.building.built import Site
+from merge_kit.plan.building.stage import build, builds
 from merge_kit.plan.configs import result_parts
 from merge_kit.plan.evidence import Evidence
 from merge_kit.plan.findings import Findings
@@ -21,7 +23,7 @@ from merge_kit.plan.inputs import Inputs
 from merge_kit.plan.models import Model, Part
 from merge_kit.plan.stages import assemble
 from merge_kit.plan.steps import Made, StepMaker
-from merge_kit.plan.values import PlanInput
+from merge_kit.plan.values import Artefact, PlanInput
 from merge_kit.plan.whole_model import differing
 from merge_kit.recipe.values import ModelRef, Recipe, Stage
 
@@ -56,6 +58,7 @@ class Lowered:
         parts: Components of the result.
         read: What is read.
         seed: Of the whole.
+        artefacts: What must be found before the steps of each stage run.
     """
 
     stages: tuple[tuple[Made, ...], ...]
@@ -64,6 +67,7 @@ class Lowered:
     inputs: Inputs
     read: tuple[PlanInput, ...]
     seed: int
+    artefacts: tuple[tuple[Artefact, ...], ...]
 
     @property
     def made(self) -> tuple[Made, ...]:
@@ -94,35 +98,38 @@ def lower(request: Request) -> Lowered:
     maker = _Lowering(recipe, inputs, Evidence(None, request.statistics()))
     for number, stage in enumerate(recipe.stages):
         maker.stage(number, stage, requests[stage.name] if stage.name else request)
-    parts = result_parts(maker.assembly, maker.stages[-1])
+    parts = maker.parts or result_parts(maker.assembly, maker.stages[-1])
     _check_components(maker.stages[-1], parts, maker.assembly)
     read = (*(_as_value(m, labels[m.key]) for m in models), *maker.evidence.as_values())
     stages = tuple(map(tuple, maker.stages))
-    return Lowered(stages, parts, maker.assembly, inputs, read, recipe.seed)
+    first = tuple(maker.artefacts)
+    return Lowered(stages, parts, maker.assembly, inputs, read, recipe.seed, first)
 
 
 class _Lowering:
-    """Makes the steps of one stage after the other."""
+    """Makes the steps of one stage after the other.
+
+    Attributes:
+        assembly: Of the last stage.
+        parts: Its folders, if it builds a model of another structure.
+    """
 
     assembly: Assembly
 
     def __init__(self, recipe: Recipe, inputs: _AtHand, evidence: Evidence) -> None:
         self._recipe, self._inputs, self.evidence = recipe, inputs, evidence
         self.stages: list[list[Made]] = []
+        self.parts: tuple[Part, ...] = ()
+        self.artefacts: list[tuple[Artefact, ...]] = []
 
     def stage(self, number: int, stage: Stage, request: Request) -> None:
         """Make the steps of a stage and make its result known to later ones."""
         findings = Findings()
-        self.assembly = assembly = assemble(stage, self._inputs, findings)
         maker = StepMaker(stage, self._recipe.seed, number, self.evidence)
-        made = []
-        for item in assembly.items:
-            if not item.parts:
-                continue  # reported as missing
-            try:
-                made.append(maker.make(item))
-            except MergeKitError as error:
-                findings.problem(error)
+        if builds(stage):
+            made = self._built(Site(stage, self._inputs, findings, maker, number))
+        else:
+            made = self._merged(stage, maker, findings)
         for packed in _packed(made):
             findings.problem(packed)
         findings.raise_any()
@@ -133,10 +140,32 @@ class _Lowering:
             raise problem
         self.stages.append(made)
         if stage.name is not None:
-            parts = result_parts(assembly, made)
-            self._inputs.donors[stage.name] = assembly.donor
+            parts = self.parts or result_parts(self.assembly, made)
+            self._inputs.donors[stage.name] = self.assembly.donor
             tensors = {one.item.name: one.held for one in made}
             self._inputs.add_stage(Model(stage.name, stage.name, parts, tensors))
+
+    def _merged(self, stage: Stage, maker: StepMaker, findings: Findings) -> list[Made]:
+        """Return the tensors of a stage that merges."""
+        self.assembly, self.parts = assemble(stage, self._inputs, findings), ()
+        self.artefacts.append(())
+        made = []
+        for item in self.assembly.items:
+            if not item.parts:
+                continue  # reported as missing
+            try:
+                made.append(maker.make(item))
+            except MergeKitError as error:
+                findings.problem(error)
+        return made
+
+    def _built(self, site: Site) -> list[Made]:
+        """Return the tensors of a stage that builds a model of another structure."""
+        built = build(site)
+        site.findings.raise_any()
+        self.assembly, self.parts = built.assembly, built.parts
+        self.artefacts.append(built.artefacts)
+        return list(built.made)
 
 
 def _packed(made: Sequence[Made]) -> list[MergeKitError]:

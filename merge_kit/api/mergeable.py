@@ -113,7 +113,7 @@ def state_dict(lowered: Lowered, *, workers: int, allow_nonfinite: bool) -> dict
     """Return the tensors of a merge; copies of tensors in memory are copies."""
     from merge_kit.engine.in_memory import merge_each  # noqa: PLC0415  (torch)
 
-    kept = inner_results(lowered, workers, allow_nonfinite=allow_nonfinite)
+    kept, found = inner_results(lowered, workers, allow_nonfinite=allow_nonfinite)
     through = {name: tensor.clone() for name, tensor in copies(lowered, lowered.made)}
     steps = [ready(m.step, kept) for m in lowered.made if computed(m)]
     results: dict[str, Tensor] = {}
@@ -121,7 +121,14 @@ def state_dict(lowered: Lowered, *, workers: int, allow_nonfinite: bool) -> dict
     def keep(index: int, tensor: Tensor) -> None:
         results[steps[index].outputs[0].key] = tensor
 
-    merge_each(steps, lowered.files, keep, workers=workers, allow_nonfinite=allow_nonfinite)
+    merge_each(
+        steps,
+        lowered.files,
+        keep,
+        workers=workers,
+        allow_nonfinite=allow_nonfinite,
+        found=found,
+    )
     results |= through
     return {m.item.name: results[m.item.name] for m in lowered.made}
 
@@ -172,7 +179,7 @@ def _write(
     """Write the tensors of a merge as they are made, each whole; return the index files."""
     from merge_kit.engine.in_memory import TensorWriter, merge_each  # noqa: PLC0415  (torch)
 
-    kept = inner_results(lowered, workers, allow_nonfinite=allow_nonfinite)
+    kept, found = inner_results(lowered, workers, allow_nonfinite=allow_nonfinite)
     placed, shards, indexes = place(lowered.parts, lowered.made, shard_bytes)
     due = {m.item.name for m in lowered.made if computed(m)}
     steps = [ready(step, kept) for step in placed if step.outputs[0].key in due]
@@ -184,5 +191,12 @@ def _write(
         def emit(index: int, tensor: Tensor) -> None:
             writer.write(steps[index].outputs[0], tensor)
 
-        merge_each(steps, lowered.files, emit, workers=workers, allow_nonfinite=allow_nonfinite)
+        merge_each(
+            steps,
+            lowered.files,
+            emit,
+            workers=workers,
+            allow_nonfinite=allow_nonfinite,
+            found=found,
+        )
     return indexes

@@ -47,6 +47,7 @@ def _plan(lowered: Lowered, shard_bytes: int, workers: int) -> tuple[Plan, list[
         identity="",
         seed=lowered.seed,
         whole_model=(*more, *_scanned(steps, last)),
+        artefacts=tuple(one for stage in lowered.artefacts for one in stage),
     )
     return plan, indexes
 

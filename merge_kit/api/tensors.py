@@ -49,6 +49,9 @@ def merge_tensors(
         PlanError: If there is no such method.
         MergeKitError: If parameters or tensors are not what the method takes.
     """
+    if registry.find(name).makes == "structure":
+        hint = f"write {name}(model, ...) with a path or a state dict"
+        raise UsageError(f"{name} builds models, and merges no tensors", hint=hint)
     if registry.find(name).makes == "adapter":
         hint = f"write {name}([a, b], ...) with the paths of adapters"
         raise UsageError(f"{name} makes adapters, and no tensors", hint=hint)

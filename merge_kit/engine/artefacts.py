@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from merge_kit.engine.journal import FOLDER
-from merge_kit.engine.kernel import Kernel
 from merge_kit.engine.operands import Operands
+from merge_kit.engine.prepared import prepared
 from merge_kit.engine.state import RunState
 from merge_kit.errors import InterruptedRun
 
@@ -42,10 +42,18 @@ def find_artefacts(run: RunState, stop: threading.Event) -> None:
         path = run.folder / FOLDER / f"found-{artefact.key}.safetensors"
         known = _read(path)
         if known is None:
-            operands = Kernel(run.reader, found=run.found).operands
-            known = dict(FINDERS[type(artefact.task)](artefact.task, operands, stop))
+            operands = prepared(run, stop)
+            try:
+                known = find(artefact.task, operands, stop)
+            finally:
+                operands.close()
             _write(path, known)
         run.found[artefact.key] = known
+
+
+def find(task: Any, operands: Operands, stop: threading.Event) -> dict[str, Tensor]:
+    """Return the tensors that a task asks for, by name."""
+    return dict(FINDERS[type(task)](task, operands, stop))
 
 
 def _read(path: Path) -> Mapping[str, Tensor] | None:

@@ -16,8 +16,10 @@ from torch import Tensor
 
 from merge_kit.core.dtypes import DTYPES
 from merge_kit.core.tensors import TensorSpec
+from merge_kit.engine.artefacts import find
 from merge_kit.engine.diagnose import not_finite
-from merge_kit.engine.kernel import Kernel, NotFinite
+from merge_kit.engine.kernel import NOTHING_FOUND, Kernel, NotFinite
+from merge_kit.engine.operands import Artefacts
 from merge_kit.engine.pool import Pool, Task
 from merge_kit.engine.statistics import (
     Gathered,
@@ -39,7 +41,7 @@ from merge_kit.io.writer import Writer
 from merge_kit.methods.reductions import CHUNK
 from merge_kit.methods.rounding import nonfinite, round_into
 from merge_kit.plan.sources import Memory, Source, Stored
-from merge_kit.plan.values import Shard, Step, Target
+from merge_kit.plan.values import Artefact, Shard, Step, Target
 from merge_kit.plan.whole_model import Group, group_of, groups, model_scans
 
 _NAMES: dict[torch.dtype, str] = {
@@ -147,6 +149,7 @@ def merge_each(
     *,
     workers: int,
     allow_nonfinite: bool = False,
+    found: Artefacts = NOTHING_FOUND,
 ) -> None:
     """Merge steps of one output each and hand over each result, rounded, in its shape.
 
@@ -154,17 +157,19 @@ def merge_each(
         steps: With slab sizes; no step feeds another.
         files: The files that are read, as they were when the steps were planned.
         emit: Called from worker threads with the step's index and a new tensor.
+        found: What was found before.
 
     Raises:
         NonFiniteError: If merged values are not finite and that is not allowed.
         CheckpointError: If a file cannot be read or has changed.
     """
     with Reader(files) as reader, one_torch_thread():
-        shared = _whole_model(reader, steps, workers, lax=allow_nonfinite)
+        shared = _whole_model(reader, steps, workers, lax=allow_nonfinite, found=found)
 
         def task(index: int) -> Task:
             def run(work: Workspace) -> Sequence[Task]:
-                kernel, step = Kernel(reader, allow_nonfinite=allow_nonfinite), steps[index]
+                step = steps[index]
+                kernel = Kernel(reader, allow_nonfinite=allow_nonfinite, found=found)
                 known = shared.get(group_of(step), {})
                 kernel.scans[id(step)] = _scanned(kernel, step, known, work)
                 emit(index, _merged(kernel, step, work, allow_nonfinite=allow_nonfinite))
@@ -176,24 +181,49 @@ def merge_each(
         reader.check_all()
 
 
-def scan_each(steps: Sequence[Step], files: Iterable[WeightFile], *, workers: int) -> list[Results]:
-    """Return what the scans of each step find: name -> result."""
-    found: list[Results] = [{}] * len(steps)
+def find_each(
+    artefacts: Sequence[Artefact], files: Iterable[WeightFile], found: Artefacts
+) -> Artefacts:
+    """Return what artefacts hold, found now, by their keys.
+
+    Args:
+        artefacts: Whose sources are in files or in memory.
+        files: As in `merge_each`.
+        found: What was found before.
+    """
+    made = dict(found)
     with Reader(files) as reader, one_torch_thread():
-        shared = _whole_model(reader, steps, workers, lax=False)
+        for one in artefacts:
+            operands = Kernel(reader, found=made).operands
+            made[one.key] = find(one.task, operands, threading.Event())
+        reader.check_all()
+    return made
+
+
+def scan_each(
+    steps: Sequence[Step],
+    files: Iterable[WeightFile],
+    *,
+    workers: int,
+    found: Artefacts = NOTHING_FOUND,
+) -> list[Results]:
+    """Return what the scans of each step find: name -> result."""
+    results: list[Results] = [{}] * len(steps)
+    with Reader(files) as reader, one_torch_thread():
+        shared = _whole_model(reader, steps, workers, lax=False, found=found)
 
         def task(index: int) -> Task:
             def run(work: Workspace) -> Sequence[Task]:
                 step = steps[index]
                 known = shared.get(group_of(step), {})
-                found[index] = _scanned(Kernel(reader), step, known, work)
+                results[index] = _scanned(Kernel(reader, found=found), step, known, work)
                 return ()
 
             return run
 
         _run([task(i) for i in range(len(steps))], workers)
         reader.check_all()
-    return found
+    return results
 
 
 def _run(tasks: Sequence[Task], workers: int) -> None:
@@ -212,13 +242,24 @@ def _scanned(kernel: Kernel, step: Step, known: Results, work: Workspace) -> Res
     return passes.results
 
 
-def _whole_model(reader: Reader, steps: Sequence[Step], workers: int, *, lax: bool) -> Shared:
+def _whole_model(
+    reader: Reader,
+    steps: Sequence[Step],
+    workers: int,
+    *,
+    lax: bool,
+    found: Artefacts = NOTHING_FOUND,
+) -> Shared:
     """Return the statistics of scope "model" by group of steps."""
-    found = groups(steps)
-    return {g: _gathered(reader, members, workers, lax=lax) for g, members in found.items()}
+    return {
+        group: _gathered(reader, members, workers, lax=lax, found=found)
+        for group, members in groups(steps).items()
+    }
 
 
-def _gathered(reader: Reader, steps: Sequence[Step], workers: int, *, lax: bool) -> Results:
+def _gathered(
+    reader: Reader, steps: Sequence[Step], workers: int, *, lax: bool, found: Artefacts
+) -> Results:
     passes = Passes(model_scans(steps[0]), {}, thinning(steps))
     while passes.due():
         parts = [(step, span) for step in steps for span in chunks(step, passes)]
@@ -227,7 +268,7 @@ def _gathered(reader: Reader, steps: Sequence[Step], workers: int, *, lax: bool)
         def task(index: int, parts: Parts = parts, fold: InOrder = fold) -> Task:
             def run(work: Workspace) -> Sequence[Task]:
                 step, span = parts[index]
-                kernel = Kernel(reader, allow_nonfinite=lax)
+                kernel = Kernel(reader, allow_nonfinite=lax, found=found)
                 fold.put(index, _gather(kernel, step, passes, span, work))
                 return ()
 

@@ -10,10 +10,8 @@ from typing import Any
 from merge_kit.methods.base import MergeMethod
 from merge_kit.plan.describe import merged_by_method
 from merge_kit.plan.describe_steps import arguments, file_keys
-from merge_kit.plan.sources import Source
+from merge_kit.plan.sources import SOURCES
 from merge_kit.plan.values import Plan, PlanInput, Shard
-
-_SOURCES = Source.__args__
 
 
 def plan_json(plan: Plan) -> dict[str, Any]:
@@ -76,6 +74,6 @@ def _value(value: Any, files: Mapping[Path, str]) -> Any:
     if isinstance(value, tuple | list):
         return [_value(item, files) for item in value]
     if is_dataclass(value):
-        kind = {"kind": type(value).__name__} if isinstance(value, _SOURCES) else {}
+        kind = {"kind": type(value).__name__} if isinstance(value, SOURCES) else {}
         return kind | {f.name: _value(getattr(value, f.name), files) for f in fields(value)}
     return value if value is None or isinstance(value, bool | int | float | str) else str(value)

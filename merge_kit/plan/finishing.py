@@ -29,6 +29,7 @@ from merge_kit.plan.values import (
     SideFile,
     Step,
 )
+from merge_kit.plan.walk import merged_below, sources_in
 from merge_kit.plan.whole_model import model_scans
 from merge_kit.recipe.values import Recipe
 
@@ -131,6 +132,7 @@ def _with_artefacts(bill: Bill, artefacts: Sequence[Artefact], limits: Limits) -
     """
     if not artefacts:
         return bill
+    _refuse_whole_models(artefacts)
     kept = sum(one.kept_bytes for one in artefacts)
     worst = max(artefacts, key=lambda one: one.peak_bytes)
     alone = process_bytes() + ALGEBRA_BYTES + kept + worst.peak_bytes
@@ -148,6 +150,24 @@ def _with_artefacts(bill: Bill, artefacts: Sequence[Artefact], limits: Limits) -
         solves=bill.solves + sum(one.flops > 0 for one in artefacts),
         peak_bytes=max(bill.peak_bytes + kept, alone),
     )
+
+
+def _refuse_whole_models(artefacts: Sequence[Artefact]) -> None:
+    """Refuse what would be found of a merge with statistics over its whole model.
+
+    Raises:
+        PlanError: If there is such a one.
+    """
+    for one in artefacts:
+        inner = [m.step for s in sources_in(one.task) for m in merged_below(s)]
+        method = next((s.method for s in inner if model_scans(s) and s.method), None)
+        if method is not None:
+            raise PlanError(
+                f"{one.key} is found of a merge by {method.method_name}, whose statistics are of "
+                "the whole model",
+                where="recipe",
+                hint="run that merge as a recipe of its own, and use its output as a model",
+            )
 
 
 def _dtypes(steps: Sequence[Step]) -> tuple[tuple[str, int], ...]:

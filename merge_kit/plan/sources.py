@@ -302,6 +302,10 @@ Source = (
 )
 
 
+SOURCES = Source.__args__
+"""The classes of sources."""
+
+
 def of_file(tensor: StoredTensor) -> Stored:
     """Return the bytes of a tensor in a file as a source."""
     return Stored(tensor.span, tensor.spec.dtype, tensor.spec.shape)

@@ -73,10 +73,11 @@ class Spills:
 
 def with_spills(step: Step) -> Step:
     """Return a step with the results that feed it placed; steps fed by files are unchanged."""
-    if not any(_feeds(source) for source in operands(step)):
+    if not any(feeds(source) for source in operands(step)):
         return step
     return Spills(step).place(step)
 
 
-def _feeds(source: Source) -> bool:
-    return isinstance(source, Merged) or any(_feeds(part) for part in parts(source))
+def feeds(source: Source) -> bool:
+    """Return whether a source is the result of another stage, or made of one."""
+    return isinstance(source, Merged) or any(feeds(part) for part in parts(source))

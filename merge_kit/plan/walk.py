@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import fields, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 from merge_kit.plan.sources import (
+    SOURCES,
     Chosen,
     Columns,
     Concat,
@@ -80,12 +81,13 @@ def with_parts(source: Source, change: Callable[[Source], Source]) -> Source:
     return replace(source, **changed)
 
 
-def _inner(source: Source) -> Iterator[Merged]:
+def merged_below(source: Source) -> Iterator[Merged]:
+    """Yield every result of another stage below a source, itself if it is one, inner ones first."""
     for part in parts(source):
-        yield from _inner(part)
+        yield from merged_below(part)
     if isinstance(source, Merged):
         for operand in operands(source.step):
-            yield from _inner(operand)
+            yield from merged_below(operand)
         yield source
 
 
@@ -104,7 +106,7 @@ def merged_sources(step: Step) -> list[Merged]:
     """Return every feeding step below a step, each once, after those that feed it in turn."""
     found: dict[int, Merged] = {}
     for operand in operands(step):
-        for source in _inner(operand):
+        for source in merged_below(operand):
             found.setdefault(id(source.step), source)
     return list(found.values())
 
@@ -118,3 +120,30 @@ def stored(source: Source) -> Iterator[Stored]:
     if isinstance(source, Merged):
         for operand in operands(source.step):
             yield from stored(operand)
+
+
+def sources_in(value: Any) -> Iterator[Source]:
+    """Yield the sources in a value: in its fields, its items, or itself."""
+    if isinstance(value, SOURCES):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from (s for inner in value.values() for s in sources_in(inner))
+    elif isinstance(value, tuple | list):
+        yield from (s for inner in value for s in sources_in(inner))
+    elif is_dataclass(value):
+        yield from (s for f in fields(value) for s in sources_in(getattr(value, f.name)))
+
+
+def with_sources(value: Any, change: Callable[[Source], Source]) -> Any:
+    """Return a value whose sources are what they are changed to; see `sources_in`."""
+    if isinstance(value, SOURCES):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {key: with_sources(inner, change) for key, inner in value.items()}
+    if isinstance(value, tuple | list):
+        return type(value)(with_sources(inner, change) for inner in value)
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(
+            value, **{f.name: with_sources(getattr(value, f.name), change) for f in fields(value)}
+        )
+    return value
