@@ -12,15 +12,19 @@ from merge_kit.errors import PlanError
 from merge_kit.methods.base import MergeMethod
 from merge_kit.methods.registry import find
 from merge_kit.recipe.entries import (
+    read_experts,
     read_method,
     read_model,
-    read_models,
     read_modules,
+    read_shared_experts,
     read_slices,
+    slice_methods,
 )
+from merge_kit.recipe.experts import lowered
 from merge_kit.recipe.findings import Findings
 from merge_kit.recipe.keys import CONFLICT_POLICIES, OUTPUT_KEYS, RECIPE_KEYS, TOKENIZER_KEYS
 from merge_kit.recipe.nodes import Node
+from merge_kit.recipe.prompts import check_experts
 from merge_kit.recipe.settings import Scope, read_parameters
 from merge_kit.recipe.tensor_rules import read_rules
 from merge_kit.recipe.uses import read_uses
@@ -40,6 +44,10 @@ _DTYPE_NAMES = {
     "f64": "float64",
     "double": "float64",
 }
+_OF_EXPERTS = dict.fromkeys(
+    ("experts", "gate_mode", "experts_per_token"),
+    "a recipe of mergekit-moe has no merge_method; beside one, write models and parameters",
+)
 _SHAPES = ("models", "slices", "modules")
 
 
@@ -59,7 +67,8 @@ class Document:
 
 def read_document(node: Node, folder: Path | None, findings: Findings) -> Document:
     """Return what a document says; what is wrong goes to the findings."""
-    fields = findings.fields(node, RECIPE_KEYS)
+    node = lowered(node, findings)
+    fields = findings.fields(node, RECIPE_KEYS, hints=_OF_EXPERTS)
     _check_shape(findings, node, fields)
     method = _method_name(fields)
     scope = Scope(findings, folder, _methods(fields, method))
@@ -69,7 +78,7 @@ def read_document(node: Node, folder: Path | None, findings: Findings) -> Docume
         hint = "remove it: the output takes the chat template of the base as it is"
         findings.error(fields["chat_template"].key, "chat_template is not supported yet", hint)
     models, rules = (
-        read_models(scope, fields.get("models")),
+        read_experts(scope, fields.get("models")),
         read_rules(scope, fields.get("tensors")),
     )
     _check_rules(findings, fields, models, rules)
@@ -82,13 +91,16 @@ def read_document(node: Node, folder: Path | None, findings: Findings) -> Docume
         slices=read_slices(scope, fields.get("slices")),
         modules=read_modules(scope, fields.get("modules")),
         tensors=rules,
-        parameters=read_parameters(scope, fields.get("parameters")),
+        parameters=read_parameters(_above_slices(scope, fields), fields.get("parameters")),
         dtype=_dtype(findings, fields.get("dtype")),
         out_dtype=_dtype(findings, fields.get("out_dtype")),
         tokenizer=_tokenizer(scope, fields),
         on_conflict=_on_conflict(findings, fields.get("on_conflict")),
         uses=read_uses(scope, fields, len(models)),
+        shared_experts=read_shared_experts(scope, fields.get("shared_experts")),
     )
+    if method == "sparse_upcycle":
+        check_experts(findings, stage, fields.get("parameters"))
     output = {key: fields[key] for key in OUTPUT_KEYS if key in fields}
     return Document(stage, output, fields.get("name"))
 
@@ -110,7 +122,7 @@ def _check_shape(findings: Findings, node: Node, fields: Fields) -> None:
         findings.error(
             node.mark, "merge_method is missing", "write for example merge_method: linear"
         )
-    if not full and not has_rules:
+    if not full and not has_rules and not _builds_of_base(fields):
         findings.error(node.mark, "found no models, slices or modules, expected one of them")
     if len(full) > 1:
         problem = f"found {' and '.join(full)}, expected only one of models, slices and modules"
@@ -118,6 +130,15 @@ def _check_shape(findings: Findings, node: Node, fields: Fields) -> None:
     if has_rules and "base_model" not in fields:
         hint = "name the model whose tensors these are"
         findings.error(fields["tensors"].key, "tensors needs a base_model", hint)
+
+
+def _builds_of_base(fields: Fields) -> bool:
+    """Return whether a method builds a model of the base alone."""
+    try:
+        makes = find(_method_name(fields)).makes
+    except PlanError:  # reported where the name stands
+        return False
+    return makes == "structure" and "base_model" in fields
 
 
 def _rules(fields: Fields) -> list[Fields]:
@@ -143,6 +164,16 @@ def _methods(fields: Fields, stage_method: str) -> tuple[type[MergeMethod], ...]
         return tuple(find(name) for name in dict.fromkeys(names))
     except PlanError:  # reported where the name stands
         return ()
+
+
+def _above_slices(scope: Scope, fields: Fields) -> Scope:
+    """Return the scope of the recipe's parameters, which every slice of it may read."""
+    scope = slice_methods(scope, fields.get("slices"))
+    modules = fields["modules"].content if "modules" in fields else None
+    for module in modules.values() if isinstance(modules, Mapping) else ():
+        if isinstance(module.content, Mapping):
+            scope = slice_methods(scope, module.content.get("slices"))
+    return scope
 
 
 def _check_rules(

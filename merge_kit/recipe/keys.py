@@ -8,6 +8,7 @@ RECIPE_KEYS = {
     "merge_method": "the method's name, for example linear",
     "base_model": "reference to the base model",
     "models": "list of models, merged layer by layer over the whole stack",
+    "shared_experts": "list of one model whose MLPs every token passes, of sparse_upcycle",
     "slices": "list of runs of layers that are stacked in this order",
     "modules": "mapping of a component's name to its own models or slices",
     "tensors": "ordered rules for single tensors, the first that matches wins",
@@ -31,13 +32,22 @@ ENTRY_KEYS = {
     "model": "reference to a model",
     "parameters": "parameters of this model",
 }
+PROMPT_KEYS = {
+    "positive_prompts": "texts that a router is to send to this expert",
+    "negative_prompts": "texts that a router is not to send to this expert",
+}
+EXPERT_KEYS = {**ENTRY_KEYS, **PROMPT_KEYS}
+"""Of a model that becomes an expert."""
+
 SOURCE_KEYS = {
     "model": "reference to a model",
     "layer_range": "[first, last + 1] of the source model's layers",
+    "layers": "list of the source model's layers in any order, instead of layer_range",
     "parameters": "parameters of this model in this slice",
 }
 SLICE_KEYS = {
     "sources": "list of models with their layers",
+    "merge_method": "method of this slice, instead of the recipe's",
     "base_model": "base of this slice, instead of the recipe's",
     "parameters": "parameters of this slice",
 }
@@ -75,6 +85,24 @@ TOKENIZER_KEYS = {
     "source": "base, union (the default) or a model",
     "tokens": "not supported yet",
     "pad_to_multiple_of": "not supported yet",
+}
+
+MOE_KEYS = {
+    "base_model": "reference to the model that all but the experts is taken from",
+    "experts": "list of models, one expert each",
+    "gate_mode": "what the router is made of, hidden by default",
+    "experts_per_token": "how many experts a token passes, 2 by default",
+    "shared_experts": "list of one model whose MLPs every token passes, of Qwen MoE",
+    "architecture": "layout of the output: Mixtral, Qwen MoE or Qwen3 MoE, or how one begins",
+    **{key: RECIPE_KEYS[key] for key in ("dtype", "name", "seed", "shard_size", "output")},
+}
+"""Of a document as mergekit-moe reads it, and beside them what says where the output goes."""
+
+MOE_EXPERT_KEYS = {
+    "source_model": "reference to a model",
+    **PROMPT_KEYS,
+    "noise_scale": "standard deviation of what is added to the expert's matrices, 0 by default",
+    "residual_scale": "factor on the expert's down projection, 1 by default",
 }
 
 DEAD_KEYS = {

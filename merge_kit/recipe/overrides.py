@@ -8,11 +8,12 @@ from dataclasses import replace
 from merge_kit.core.names import nearest
 from merge_kit.errors import MergeKitError, Problems, RecipeError, UsageError, raise_all
 from merge_kit.recipe.findings import Findings
-from merge_kit.recipe.keys import DEAD_KEYS, RECIPE_KEYS
+from merge_kit.recipe.keys import DEAD_KEYS, MOE_KEYS, RECIPE_KEYS
 from merge_kit.recipe.nodes import Node, Path, SetMark
 from merge_kit.recipe.values import Mark
 from merge_kit.recipe.yaml_text import read_value
 
+_KEYS = {**RECIPE_KEYS, **MOE_KEYS}
 _EXAMPLE = "write for example models.0.parameters.weight=0.5"
 
 
@@ -39,8 +40,8 @@ def _apply(document: Node, override: str) -> Node:
     parts = key.strip().split(".")
     if not equals or not all(parts):
         raise UsageError("expected key=value", where=str(mark), hint=_EXAMPLE)
-    if parts[0] not in RECIPE_KEYS and parts[0] not in DEAD_KEYS:
-        hint = nearest(parts[0], RECIPE_KEYS)
+    if parts[0] not in _KEYS and parts[0] not in DEAD_KEYS:
+        hint = nearest(parts[0], _KEYS)
         raise UsageError(f"a recipe has no key {parts[0]!r}", where=str(mark), hint=hint)
     return _assign(document, parts, _value(text, mark), mark)
 

@@ -8,7 +8,9 @@ from typing import Any
 from merge_kit.core.dtypes import RECIPE_DTYPES
 from merge_kit.methods.registry import find, names, parameters
 from merge_kit.recipe import keys
+from merge_kit.recipe.experts import ARCHITECTURES, GATE_MODES, SIGNS
 from merge_kit.recipe.nodes import MAX_WHOLE
+from merge_kit.recipe.prompts import MAX_LETTERS, MAX_PROMPTS
 from merge_kit.recipe.uses import USE_NAME
 
 Schema = dict[str, Any]
@@ -26,9 +28,17 @@ def recipe_schema() -> Schema:
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "merge_kit recipe",
         "description": "One document of a recipe that merges models.",
-        **_record(keys.RECIPE_KEYS, _top(), ()),
-        "anyOf": [{"required": ["merge_method"]}, {"required": ["tensors", "base_model"]}],
-        "$defs": _definitions(),
+        "type": "object",
+        "if": {
+            "not": {"required": ["merge_method"]},
+            "anyOf": [{"required": [key]} for key in SIGNS],
+        },
+        "then": _ref("of_experts"),
+        "else": {
+            **_record(keys.RECIPE_KEYS, _top(), ()),
+            "anyOf": [{"required": ["merge_method"]}, {"required": ["tensors", "base_model"]}],
+        },
+        "$defs": {**_definitions(), **_definitions_of_experts()},
     }
 
 
@@ -65,7 +75,8 @@ def _top() -> Schema:
     return {
         "merge_method": {"enum": list(names())},
         "base_model": _ref("reference"),
-        "models": _list_of("entry"),
+        "models": _list_of("expert"),
+        "shared_experts": {**_list_of("shared_expert"), "maxItems": 1},
         "slices": _list_of("slice"),
         "modules": {"type": "object", "additionalProperties": _ref("module")},
         "tensors": _list_of("rule"),
@@ -93,8 +104,13 @@ def _definitions() -> Schema:
     model, given = _ref("reference"), _ref("parameters")
     models, slices = _list_of("entry"), _list_of("slice")
     entry: Schema = {"model": model, "parameters": given}
-    source: Schema = {**entry, "layer_range": _ref("layer_range")}
-    piece: Schema = {"sources": _list_of("source"), "base_model": model, "parameters": given}
+    source: Schema = {**entry, "layer_range": _ref("layer_range"), "layers": _ref("layers")}
+    piece: Schema = {
+        "sources": _list_of("source"),
+        "merge_method": {"enum": _slice_methods()},
+        "base_model": model,
+        "parameters": given,
+    }
     module: Schema = {"models": models, "slices": slices, "parameters": given}
     rule: Schema = {
         "match": _TEXT,
@@ -111,12 +127,16 @@ def _definitions() -> Schema:
     }
     return {
         "entry": _record(keys.ENTRY_KEYS, entry, ("model",)),
-        "source": _record(keys.SOURCE_KEYS, source, ("model", "layer_range")),
+        "source": {
+            **_record(keys.SOURCE_KEYS, source, ("model",)),
+            "oneOf": [_given("layer_range"), _given("layers")],
+        },
         "slice": _record(keys.SLICE_KEYS, piece, ("sources",)),
         "module": _record(keys.MODULE_KEYS, module, ()),
         "rule": _record(keys.RULE_KEYS, rule, ("match",)),
         "tokenizer": _record(keys.TOKENIZER_KEYS, tokenizer, ()),
         "layer_range": {"type": "array", "items": _WHOLE, "minItems": 2, "maxItems": 2},
+        "layers": {"type": "array", "items": _WHOLE, "minItems": 1, "uniqueItems": True},
         "reference": _reference(),
         "literal": _literal(),
         "adapter": _adapter(),
@@ -128,6 +148,49 @@ def _definitions() -> Schema:
             ("value",),
         ),
     }
+
+
+def _definitions_of_experts() -> Schema:
+    """Return models that become experts, and the form of a document that mergekit-moe reads."""
+    text: Schema = {"type": "string", "pattern": r"\S", "maxLength": MAX_LETTERS}
+    prompts = {
+        key: {"type": "array", "items": text, "maxItems": MAX_PROMPTS} for key in keys.PROMPT_KEYS
+    }
+    entry: Schema = {"model": _ref("reference"), "parameters": _ref("parameters"), **prompts}
+    number: Schema = {"type": ["number", "string"]}
+    scales: Schema = {"noise_scale": number, "residual_scale": number}
+    source: Schema = {"source_model": _ref("reference")}
+    experts, shared = _list_of("moe_expert"), {**_list_of("moe_expert"), "maxItems": 1}
+    top: Schema = {
+        **_top(),
+        "experts": {**experts, "minItems": 1},
+        "gate_mode": {"enum": list(GATE_MODES)},
+        "experts_per_token": {**_WHOLE, "minimum": 1},
+        "shared_experts": shared,
+        "architecture": {**_TEXT, "examples": list(ARCHITECTURES)},
+    }
+    described = {**keys.EXPERT_KEYS, "source_model": "the same as model"}
+    return {
+        "expert": _record(keys.EXPERT_KEYS, entry, ("model",)),
+        "shared_expert": {
+            **_record(described, {**entry, **source}, ()),
+            "oneOf": [{"required": ["model"]}, {"required": ["source_model"]}],
+        },
+        "moe_expert": _record(
+            keys.MOE_EXPERT_KEYS, {**source, **prompts, **scales}, ("source_model",)
+        ),
+        "of_experts": _record(keys.MOE_KEYS, top, ("base_model", "experts")),
+    }
+
+
+def _given(key: str) -> Schema:
+    """Return a schema of objects in which a key has a value."""
+    shape = {"description": keys.SOURCE_KEYS[key], "type": "array"}
+    return {"required": [key], "properties": {key: shape}}
+
+
+def _slice_methods() -> list[str]:
+    return [name for name in names() if find(name).makes == "model"]
 
 
 def _literal() -> Schema:

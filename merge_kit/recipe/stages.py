@@ -31,6 +31,7 @@ def references(stage: Stage) -> Iterator[ModelRef]:
 def entries(stage: Stage) -> Iterator[Entry]:
     """Yield every model that a stage lists, in the order of the recipe."""
     yield from stage.models
+    yield from stage.shared_experts
     for part in stage.slices:
         yield from part.sources
     for module in stage.modules:

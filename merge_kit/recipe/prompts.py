@@ -1,0 +1,93 @@
+"""`positive_prompts` and `negative_prompts` of models that become experts -> values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from merge_kit.recipe.findings import Findings
+from merge_kit.recipe.keys import PROMPT_KEYS
+from merge_kit.recipe.nodes import Node
+from merge_kit.recipe.values import Entry, Parameters, Prompts, Stage
+
+MAX_PROMPTS = 1000
+"""Most texts of one list; each takes a pass through the base model."""
+
+MAX_LETTERS = 20_000
+"""Most characters of one text."""
+
+ROUTERS_OF_PROMPTS = ("cheap_embed", "hidden", "hidden_avg")
+"""Routers whose rows are made of prompts."""
+
+
+def read_prompts(findings: Findings, fields: Mapping[str, Node]) -> Prompts | None:
+    """Return the prompts of an entry; None without positive ones, whatever negative ones say."""
+    positive, negative = (_texts(findings, fields.get(key)) for key in PROMPT_KEYS)
+    return Prompts(positive, negative) if positive else None
+
+
+def _texts(findings: Findings, node: Node | None) -> tuple[str, ...]:
+    if node is None:
+        return ()
+    items = findings.items(node)
+    if len(items) > MAX_PROMPTS:
+        findings.wrong(node, f"at most {MAX_PROMPTS:,} texts")
+        return ()
+    found = (_text(findings, item) for item in items)
+    return tuple(text for text in found if text is not None)
+
+
+def _text(findings: Findings, node: Node) -> str | None:
+    text = findings.text(node)
+    if text is None:
+        return None
+    if len(text) > MAX_LETTERS:
+        problem = f"{node.name} has {len(text):,} characters, expected at most {MAX_LETTERS:,}"
+        findings.error(node.mark, problem, "a few sentences say as much to a router")
+        return None
+    if any("\ud800" <= letter <= "\udfff" for letter in text):
+        findings.error(node.mark, f"{node.name} holds half a character", "write it as UTF-8")
+        return None
+    return text
+
+
+def check_experts(findings: Findings, stage: Stage, parameters: Node | None) -> None:
+    """Refuse experts without the prompts that a router is made of; note what has no effect.
+
+    Args:
+        findings: Where problems and notes go.
+        stage: A sparse upcycling.
+        parameters: Its parameters as they are written.
+    """
+    router, key = _router(stage.parameters, parameters)
+    entries, experts = (*stage.models, *stage.shared_experts), stage.models
+    if router in ROUTERS_OF_PROMPTS:
+        _require(findings, entries, f"{key}: {router}", f"write {key}: random")
+        if len({expert.prompts for expert in experts}) == 1 < len(experts) and experts[0].prompts:
+            problem = "all experts have the same prompts, so that no router can tell them apart"
+            findings.error(experts[1].mark, problem, "list for each what is to go to it")
+    prompted = next((entry for entry in entries if entry.prompts is not None), None)
+    if prompted is not None and router and router not in ROUTERS_OF_PROMPTS:
+        findings.note(prompted.mark, f"prompts have no effect with {key}: {router}")
+    plain = {(expert.model, tuple(expert.parameters)) for expert in experts}
+    if len(experts) > 1 and plain == {(experts[0].model, ())}:
+        sentence = "all experts are one model: the mixture does what it does until it is trained"
+        findings.note(stage.mark, sentence)
+
+
+def _require(findings: Findings, entries: Sequence[Entry], router: str, instead: str) -> None:
+    for entry in entries:
+        if entry.prompts is None:
+            problem = f"{entry.model.text!r} has no positive_prompts, which {router} needs"
+            hint = f"list texts that are to go to this expert, or {instead}"
+            findings.error(entry.mark, problem, hint)
+
+
+def _router(parameters: Parameters, written: Node | None) -> tuple[str, str]:
+    """Return the router of a recipe, "" where it is not one word, and the key that names it."""
+    setting = parameters.get("router")
+    if setting is None:
+        return "random", "router"
+    value = setting.rules[0].values[0]
+    entries = written.content if written is not None else None
+    key = entries["router"].name if isinstance(entries, Mapping) else "router"
+    return (value if isinstance(value, str) else ""), key
