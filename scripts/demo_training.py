@@ -39,11 +39,11 @@ def train_base(model: nn.Module, tokens: Tokens, schedule: Schedule, seed: int) 
     """Train on whole lines: much general text, little of each skill."""
     skills = {skill: training_text(skill, seed) for skill in BASE_LINES}
     general = general_text(seed)
-    parameters, optimizer, scheduler = _optimizer(model, schedule)
+    parameters, optimizer, scheduler = optimizer_of(model, schedule)
     for _ in range(schedule.steps):
         lines = [line for skill, n in BASE_LINES.items() for line in islice(skills[skill], n)]
         ids = encode([*lines, *islice(general, GENERAL_LINES)], tokens).ids
-        _step(_loss(model, Batch(ids, _whole(ids, tokens))), parameters, optimizer, scheduler)
+        step(_loss(model, Batch(ids, _whole(ids, tokens))), parameters, optimizer, scheduler)
 
 
 def tune(
@@ -55,12 +55,12 @@ def tune(
     all of them: the divergence from the base keeps the vectors out of each other's way.
     """
     own, others = training_text(skill, seed), _other_text(skill, seed + 1)
-    parameters, optimizer, scheduler = _optimizer(model, schedule)
+    parameters, optimizer, scheduler = optimizer_of(model, schedule)
     for _ in range(schedule.steps):
         learned = _loss(model, encode(list(islice(own, EXPERT_LINES)), tokens))
         kept = encode(list(islice(others, len(SKILLS) * KEPT_LINES)), tokens).ids
         drift = _divergence(model, base, kept, tokens)
-        _step(learned + drift, parameters, optimizer, scheduler)
+        step(learned + drift, parameters, optimizer, scheduler)
 
 
 def _other_text(skill: str, seed: int) -> Iterator[Example]:
@@ -70,20 +70,22 @@ def _other_text(skill: str, seed: int) -> Iterator[Example]:
         yield from lines
 
 
-def _optimizer(
+def optimizer_of(
     model: nn.Module, schedule: Schedule
 ) -> tuple[list[nn.Parameter], torch.optim.Optimizer, LambdaLR]:
+    """Return what is trained of a model, and what `step` needs."""
     parameters = [each for each in model.parameters() if each.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=schedule.rate, betas=(0.9, 0.98), weight_decay=0)
     return parameters, optimizer, LambdaLR(optimizer, schedule.factor)
 
 
-def _step(
+def step(
     loss: Tensor,
     parameters: list[nn.Parameter],
     optimizer: torch.optim.Optimizer,
     scheduler: LambdaLR,
 ) -> None:
+    """Go one step down the loss."""
     optimizer.zero_grad()
     loss.backward()  # type: ignore[no-untyped-call]
     clip_grad_norm_(parameters, 1.0)
