@@ -34,6 +34,8 @@ def inputs(method: type[MergeMethod]) -> str:
     low, high = method.min_inputs, method.max_inputs
     if method.makes == "adapter" and not method.needs_base:
         return f"{low} or more adapters, and no base"
+    if method.makes == "structure":
+        return _of_structures(low, high)
     count = f"{low} or more" if high is None else str(low) if low == high else f"{low} to {high}"
     models = f"{count} model" if count == "1" else f"{count} models"
     if method.needs_base:
@@ -41,6 +43,13 @@ def inputs(method: type[MergeMethod]) -> str:
     if method.takes_base:
         return f"{models}, and a base if there is one"
     return f"{models}; a base is a model like the others"
+
+
+def _of_structures(low: int, high: int | None) -> str:
+    """Return what a method takes that builds a model of another structure."""
+    models = {1: "one model", 2: "one or two models"}.get(high or 0, "any number of models")
+    alone = ", or the base alone" if low == 0 else ""
+    return f"{models}{alone}; the result is a model of another structure"
 
 
 def default(parameter: Parameter) -> str:

@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import save_file
 
 from merge_kit.errors import MergeKitError, NonFiniteError, Problems
-from merge_kit.methods.registry import find, names, parameters
+from merge_kit.methods.registry import find, parameters
 from tests.toys import merge, plan, write
-from tests.variants import ADAPTER_METHODS, MODEL_METHODS
+from tests.variants import ADAPTER_METHODS, MERGING_METHODS, MODEL_METHODS
 
 OUT_OF_RANGE = {
     "density": (-0.1, 1.5, 20, "nan", [1.5, 0.5]),
@@ -137,7 +137,7 @@ def refusal(text, folder, act=plan) -> MergeKitError:
 
 RANGES = [
     (name, parameter.name, value, parameter.per_model)
-    for name in names()
+    for name in MERGING_METHODS
     for parameter in parameters(find(name))
     for value in OUT_OF_RANGE.get(parameter.name, ())
 ]
@@ -158,7 +158,7 @@ def test_a_value_out_of_range_is_refused_at_its_place(folder, name, key, value, 
     assert "expected" in first.problem
 
 
-@pytest.mark.parametrize("name", names())
+@pytest.mark.parametrize("name", MERGING_METHODS)
 def test_every_parameter_with_a_range_is_tried(name):
     """So that a new parameter cannot go without its bad values."""
     free = {"statistics", "nuslerp_flatten", "nuslerp_row_wise", "normalize_weights", "flatten"}
@@ -175,7 +175,7 @@ def test_a_window_of_probabilities_beyond_0_and_1_is_refused(folder, name, densi
     assert error.hint
 
 
-NORMALISING = [n for n in names() if "normalize" in {p.name for p in parameters(find(n))}]
+NORMALISING = [n for n in MERGING_METHODS if "normalize" in {p.name for p in parameters(find(n))}]
 VOTING = ("ties", "breadcrumbs_ties", "dare_ties", "della")
 """Where what agrees has weights of one sign, and their magnitudes divide."""
 ALIKE = (*VOTING, "lora_ties", "lora_knots")
@@ -206,7 +206,7 @@ def test_weights_of_evidence_and_of_points_are_not_negative_and_not_all_zero(fol
     assert "weight" in str(error)
 
 
-NEEDY = [name for name in names() if find(name).needs_base]
+NEEDY = [name for name in MERGING_METHODS if find(name).needs_base]
 
 
 @pytest.mark.parametrize("name", NEEDY)
@@ -216,7 +216,7 @@ def test_a_missing_base_is_refused(folder, name):
     assert error.hint
 
 
-@pytest.mark.parametrize("name", names())
+@pytest.mark.parametrize("name", MERGING_METHODS)
 def test_too_few_and_too_many_models_are_refused(folder, name):
     kind = find(name)
     if kind.min_inputs > 1:
@@ -298,7 +298,7 @@ GROWING = {
 """Parameters with which models of the largest float16 numbers grow beyond them."""
 
 
-@pytest.mark.parametrize("name", [n for n in GROWING if n in names()])
+@pytest.mark.parametrize("name", [n for n in GROWING if n in MERGING_METHODS])
 def test_sums_beyond_float16_are_refused_and_named(tmp_path, name):
     generator = torch.Generator().manual_seed(0)
     kind = find(name)

@@ -9,8 +9,13 @@ from merge_kit.methods.base import MergeMethod, PerModel
 from merge_kit.methods.registry import find, names, parameters
 
 MODEL_METHODS = tuple(name for name in names() if find(name).makes == "model")
+STRUCTURE_METHODS = tuple(name for name in names() if find(name).makes == "structure")
+"""They build models of another structure, and are held to it in tests/structures."""
+
 ADAPTER_METHODS = tuple(name for name in names() if find(name).makes == "adapter")
 """They have laws of their own, in tests/methods/test_lora_*.py."""
+
+MERGING_METHODS = (*MODEL_METHODS, *ADAPTER_METHODS)
 
 NEUTRAL = {"weight": 1.0, "t": 0.3, "statistics": "statistics.safetensors"}
 """Values of required parameters: alone, a model with weight 1 is itself."""

@@ -104,6 +104,8 @@ def _base(method: type[MergeMethod]) -> str:
         return "required"
     if method.makes == "adapter":
         return "none"
+    if method.makes == "structure":
+        return "optional; what it gives stands above"
     return "optional" if method.takes_base else "an ordinary input, if there is one"
 
 

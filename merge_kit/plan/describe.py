@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from merge_kit.core.sizes import format_count, format_size
 from merge_kit.plan.describe_adapters import adapter_lines
-from merge_kit.plan.values import Bill, Plan, PlanInput, SideFile
+from merge_kit.plan.values import Artefact, Bill, Plan, PlanInput, SideFile
 
 FLOPS = 20e9
 """Operations a second of one thread, as a guess."""
@@ -69,6 +69,7 @@ def summary(plan: Plan, free_bytes: int | None) -> list[Row]:
         *labelled("merged", [f"{count:,} by {m}" for m, count in merged_by_method(plan).items()]),
         *labelled("dropped", _dropped(plan)),
         *([Row("model", _model(plan))] if not plan.ranks else labelled("adapter", _adapters(plan))),
+        *labelled("found first", [_artefact(one) for one in plan.artefacts]),
         Row("dtypes", ", ".join(f"{name} {count:,}" for name, count in plan.dtypes) or "none"),
         *labelled("side files", _side_files(plan.side_files)),
         *_costs(plan, free_bytes),
@@ -90,6 +91,10 @@ def _input(model: PlanInput, tensors: int) -> str:
 
 def _statistics(one: PlanInput) -> str:
     return f"{one.key}: {one.text} ({format_size(sum(file.nbytes for file in one.files))})"
+
+
+def _artefact(one: Artefact) -> str:
+    return f"{one.key} ({format_size(one.kept_bytes)} of {format_size(one.read_bytes)} read)"
 
 
 def _dropped(plan: Plan) -> list[str]:

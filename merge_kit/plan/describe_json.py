@@ -41,6 +41,10 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         "fates": _value(plan.fates, files),
         "ranks": _value(plan.ranks, files),
         "fits": [step.outputs[0].key for step in plan.fits],
+        "artefacts": [
+            {"key": a.key, "kept_bytes": a.kept_bytes, "read_bytes": a.read_bytes, "flops": a.flops}
+            for a in plan.artefacts
+        ],
         "notes": list(plan.notes),
     }
 
