@@ -14,6 +14,7 @@ from merge_kit.core.dtypes import DTYPES
 from merge_kit.engine.assembled import read_columns, read_transposed
 from merge_kit.engine.norms import read_normed
 from merge_kit.engine.products import forget, read_low_rank, read_sum
+from merge_kit.engine.projections import read_projected, read_scaled
 from merge_kit.engine.workspace import Workspace
 from merge_kit.io.reader import Reader
 from merge_kit.io.torch_dtypes import torch_dtype
@@ -32,6 +33,7 @@ from merge_kit.plan.sources import (
     Permuted,
     Projected,
     Rows,
+    Scaled,
     Source,
     Stored,
     Sum,
@@ -46,7 +48,9 @@ _ASSEMBLED: dict[type[Source], Callable[..., None]] = {
     Columns: read_columns,
     Transposed: read_transposed,
     Normed: read_normed,
+    Scaled: read_scaled,
 }
+_RANDOM = {"normal": noise.normal, "uniform": noise.uniform}
 Compute = Callable[[Merged, int, int, Tensor, Workspace], None]
 Artefacts = Mapping[str, Mapping[str, Tensor]]
 """What was found before the run: the tensors of each artefact by name, by its key."""
@@ -84,10 +88,10 @@ class Operands:
                 self._concat(source, start, stop, out, work)
             case Permuted():
                 self._permuted(source, start, stop, out, work)
-            case LowRank() | Sum() | Columns() | Transposed() | Normed():
+            case LowRank() | Sum() | Columns() | Transposed() | Normed() | Scaled():
                 _ASSEMBLED[type(source)](self.read, source, start, stop, out, work)
             case Projected():
-                self._projected(source, start, stop, out, work)
+                read_projected(self.read, self.found, source, start, stop, out, work)
             case Found():
                 out.copy_(self.found[source.key][source.name].reshape(-1)[start:stop])
             case Chosen():
@@ -166,19 +170,10 @@ class Operands:
             whole = whole.view(last - first, source.shape[1], -1)[:, columns].flatten()
         out.copy_(whole[start - first * width : stop - first * width])
 
-    def _projected(
-        self, source: Projected, start: int, stop: int, out: Tensor, work: Workspace
-    ) -> None:
-        matrix = self.whole(source.source, torch.float64, work)
-        if source.left is not None:
-            matrix = self.whole(source.left, torch.float64, work) @ matrix
-        if source.right is not None:
-            matrix = matrix @ self.whole(source.right, torch.float64, work)
-        out.copy_(matrix.flatten()[start:stop])
-
 
 def _generate(source: Generated, start: int, stop: int, out: Tensor) -> None:
-    if source.kind == "normal":
-        out.copy_(noise.normal((source.seed, source.key), start, stop).mul_(source.scale))
+    if source.kind in _RANDOM:
+        drawn = _RANDOM[source.kind]((source.seed, source.key), start, stop)
+        out.copy_(drawn.mul_(source.scale))
     else:
         out.fill_(source.scale if source.kind == "constant" else 0.0)

@@ -27,6 +27,9 @@ WORD_BITS = 64
 COARSE = 2.0**-8
 """Probabilities this close to 0 or 1 take draws of 32 bits, others of 16."""
 
+UNIFORM_BITS = 24
+"""Random bits of a uniform float32: as many as make it exact."""
+
 _THREAD = threading.local()
 
 
@@ -46,6 +49,16 @@ def normal(key: Key, start: int, stop: int) -> Tensor:
         drawn = generator.standard_normal(last, dtype=np.float32)[first:]
         out[at : at + last - first] = torch.from_numpy(drawn)
     return out
+
+
+def uniform(key: Key, start: int, stop: int) -> Tensor:
+    """Return even float32 between -1 and 1 for the elements [start, stop) of the tensor of a key.
+
+    They are the 2^24 numbers (2k + 1) / 2^24 - 1: all exact, symmetric, neither -1 nor 1.
+    """
+    drawn = draws(key, start, stop, 32) >> np.uint32(32 - UNIFORM_BITS)
+    odd = drawn.astype(np.int32) * 2 + (1 - 2**UNIFORM_BITS)
+    return torch.from_numpy(odd.astype(np.float32)).mul_(2.0**-UNIFORM_BITS)
 
 
 def draws(key: Key, start: int, stop: int, bits: int = 16) -> Any:

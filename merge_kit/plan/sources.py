@@ -136,6 +136,22 @@ class Projected:
 
 
 @dataclass(frozen=True, slots=True)
+class Scaled:
+    """A matrix, each of its columns times a number of a vector."""
+
+    source: Source
+    factors: Source
+
+    @property
+    def dtype(self) -> str:
+        return promoted([self.source.dtype, self.factors.dtype])
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.source.shape
+
+
+@dataclass(frozen=True, slots=True)
 class Sum:
     """The sum of sources of equal shape, each times a factor, added in this order."""
 
@@ -210,11 +226,11 @@ class Generated:
     """Numbers from no file.
 
     Attributes:
-        kind: zeros; constant, all of them `scale`; or normal, random numbers of standard deviation
-            `scale` keyed by `key` and seed.
+        kind: zeros; constant, all of them `scale`; or random numbers keyed by `key` and seed:
+            normal, of standard deviation `scale`, or uniform, between -scale and scale.
     """
 
-    kind: Literal["zeros", "constant", "normal"]
+    kind: Literal["zeros", "constant", "normal", "uniform"]
     shape: tuple[int, ...]
     key: str = ""
     seed: int = 0
@@ -291,6 +307,7 @@ Source = (
     | View
     | Permuted
     | Projected
+    | Scaled
     | Sum
     | Columns
     | Transposed

@@ -113,3 +113,30 @@ def test_normal_numbers_are_the_same_for_every_cut():
     assert torch.equal(torch.cat(parts), whole)
     assert abs(float(whole.double().mean())) < 5 / sqrt(2 * BLOCK)
     assert abs(float(whole.double().var()) - 1) < 5 * sqrt(2 / (2 * BLOCK))
+
+
+def test_uniform_numbers_are_the_same_for_every_cut():
+    whole = noise.uniform(KEY, 0, 2 * BLOCK)
+    cuts = [0, 1, 15, 4_099, BLOCK, BLOCK + 5, 2 * BLOCK]
+    parts = [noise.uniform(KEY, a, b) for a, b in pairwise(cuts)]
+    assert torch.equal(torch.cat(parts), whole)
+    assert noise.uniform(KEY, 5, 5).numel() == 0
+
+
+def test_uniform_numbers_fill_the_range_evenly():
+    """Mean 0 with deviation 1 / sqrt(3 n), square 1/3 with deviation sqrt(4 / 45 n)."""
+    count = 2**20
+    drawn = noise.uniform(KEY, 0, count).double()
+    assert -1 < drawn.min() < -0.9999
+    assert 0.9999 < drawn.max() < 1
+    assert abs(drawn.mean()) < 5 / sqrt(3 * count)
+    assert abs(drawn.square().mean() - 1 / 3) < 5 * sqrt(4 / 45 / count)
+    counts = torch.histc(drawn, 256, -1, 1)
+    square = float(((counts - count / 256) ** 2 / (count / 256)).sum())
+    assert abs(square - 255) < 5 * sqrt(510)
+
+
+def test_uniform_numbers_are_odd_multiples_of_a_power_of_two():
+    drawn = noise.uniform(KEY, 0, 4_096).double() * 2**noise.UNIFORM_BITS
+    assert torch.equal(drawn, drawn.round())
+    assert bool((drawn.remainder(2) == 1).all())

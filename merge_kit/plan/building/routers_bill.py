@@ -1,0 +1,116 @@
+"""What finding routers of prompts takes: memory, bytes read, operations."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from math import prod
+
+from merge_kit.architecture.vocab import is_tokenizer_file
+from merge_kit.core.tensors import nbytes
+from merge_kit.plan.building.routers_tasks import (
+    MOST_TOKENS,
+    EmbeddedRouters,
+    HiddenRouters,
+    Question,
+)
+from merge_kit.plan.cost import sized, worker_count
+from merge_kit.plan.residency import kept_bytes, raw_bytes, spare_bytes
+from merge_kit.plan.sources import Source, elements
+from merge_kit.plan.values import Artefact
+from merge_kit.plan.walk import merged_below, stored
+
+LIBRARY_BYTES = 150_000_000
+"""What importing transformers' tokenizers and models adds to a process, and stays."""
+
+VOCABULARY_FACTOR = 12
+"""Bytes that a loaded tokenizer takes for each byte of its files, about."""
+
+_F32 = 4
+_BEFORE = 8
+"""Tokens that a prompt may have beside those of its bytes."""
+
+
+def embedded_bill(key: str, task: EmbeddedRouters) -> Artefact:
+    """Return the artefact of routers from embeddings."""
+    question = task.question
+    tokens = sum(_tokens(question))
+    width = _width(question)
+    return Artefact(
+        key,
+        task,
+        peak_bytes=_F32 * tokens * width + _reading_bytes([question.embedding]),
+        kept_bytes=_kept_bytes(question, 1),
+        read_bytes=_row_bytes(question, tokens),
+    )
+
+
+def hidden_bill(key: str, task: HiddenRouters, config: Mapping[str, object]) -> Artefact:
+    """Return the artefact of routers from hidden states."""
+    question, sources = task.question, [s for layer in task.weights for s in layer.values()]
+    lengths = [min(count, MOST_TOKENS) for count in _tokens(question)]
+    tokens, longest, width = sum(lengths), max(lengths, default=0), _width(question)
+    layer = max((sum(map(elements, one.values())) for one in task.weights), default=0)
+    heads = _whole_number(config, "num_attention_heads")
+    inner = _whole_number(config, "intermediate_size")
+    states = tokens * (2 * width + _rotary(config, width, heads))
+    moment = longest * (12 * width + 4 * inner) + 3 * heads * longest**2
+    return Artefact(
+        key,
+        task,
+        peak_bytes=_F32 * (layer + states + moment)
+        + _reading_bytes([question.embedding, *sources]),
+        kept_bytes=_kept_bytes(question, len(task.layers)),
+        read_bytes=_row_bytes(question, tokens) + sum(map(_read_bytes, sources)),
+        flops=2.0 * tokens * sum(map(elements, sources)),
+    )
+
+
+def _rotary(config: Mapping[str, object], width: int, heads: int) -> int:
+    """Return the elements that a token keeps for its place in every head."""
+    own = _whole_number(config, "head_dim")
+    return 2 * (own or width // max(1, heads))
+
+
+def _whole_number(config: Mapping[str, object], key: str) -> int:
+    found = config.get(key)
+    return found if isinstance(found, int) else 0
+
+
+def _tokens(question: Question) -> list[int]:
+    """Return the most tokens that each prompt can have: no token is less than a byte."""
+    texts = (text for one in question.sets for text in one.texts)
+    return [len(text.encode(errors="replace")) + _BEFORE for text in texts]
+
+
+def _width(question: Question) -> int:
+    return prod(question.embedding.shape[1:])
+
+
+def _kept_bytes(question: Question, layers: int) -> int:
+    """Return what stays: the rows, and the libraries and the tokenizer that made them."""
+    files = [path for path in question.folder.glob("*") if is_tokenizer_file(path.name)]
+    vocabulary = VOCABULARY_FACTOR * sum(path.stat().st_size for path in files)
+    rows = _F32 * layers * len(question.sets) * _width(question)
+    return rows + LIBRARY_BYTES + vocabulary
+
+
+def _row_bytes(question: Question, rows: int) -> int:
+    """Return the bytes of so many rows of the embedding, at most all of it."""
+    whole = _read_bytes(question.embedding)
+    return min(whole, whole * rows // max(1, question.embedding.shape[0]))
+
+
+def _read_bytes(source: Source) -> int:
+    return sum(nbytes(one.dtype, elements(one)) for one in stored(source))
+
+
+def _reading_bytes(sources: Iterable[Source]) -> int:
+    """Return what reading any of these whole takes beside what is read."""
+    return max((_one_reading(source) for source in sources), default=0)
+
+
+def _one_reading(source: Source) -> int:
+    count = elements(source)
+    own = kept_bytes(source, _F32) + spare_bytes(source, count, _F32) + raw_bytes(source, count)
+    steps = [sized(merged.step, None) for merged in merged_below(source)]
+    return own + worker_count(None) * max((step.peak_bytes for step in steps), default=0)
