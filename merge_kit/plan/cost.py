@@ -10,7 +10,8 @@ from merge_kit.core.sizes import format_size
 from merge_kit.core.tensors import BLOCK, nbytes
 from merge_kit.errors import MergeKitError, PlanError
 from merge_kit.plan.process import process_bytes
-from merge_kit.plan.sources import Merged, Normed, Source, elements
+from merge_kit.plan.residency import projected_passes
+from merge_kit.plan.sources import Merged, Normed, Projected, Source, elements
 from merge_kit.plan.step_memory import (
     ALGEBRA_BYTES,
     float_bytes,
@@ -19,7 +20,7 @@ from merge_kit.plan.step_memory import (
     slab_bytes,
 )
 from merge_kit.plan.values import Bill, Step
-from merge_kit.plan.walk import merged_sources, operands, stored, with_parts
+from merge_kit.plan.walk import merged_sources, operands, parts, stored, with_parts
 
 CACHE_BYTES = 7_000_000
 """Floats of a slab that a worker works on best: larger ones leave the cache, smaller ones wait for
@@ -161,9 +162,21 @@ def _is_look(step: Step) -> bool:
 
 
 def _read_once(source: Source) -> int:
-    """Return the bytes of one pass over a source: lengths of columns take a pass of their own."""
-    again = _read_once(source.source) if isinstance(source, Normed) and source.axis == 1 else 0
-    return again + sum(nbytes(one.dtype, elements(one)) for one in stored(source))
+    """Return the bytes of one pass over a source, with what it reads again for itself.
+
+    Lengths of columns take a pass of their own, and a left factor one for each strip.
+    """
+    total = sum(nbytes(one.dtype, elements(one)) for one in stored(source))
+    return total + _read_again(source)
+
+
+def _read_again(source: Source) -> int:
+    inside = sum(_read_again(part) for part in parts(source))
+    if isinstance(source, Normed) and source.axis == 1:
+        return inside + _read_once(source.source)
+    if isinstance(source, Projected):
+        return inside + (projected_passes(source) - 1) * _read_once(source.source)
+    return inside
 
 
 def scratch_bytes(step: Step) -> int:

@@ -17,6 +17,7 @@ from merge_kit.plan.sources import (
     Permuted,
     Projected,
     Rows,
+    Scaled,
     Source,
     Stored,
     Sum,
@@ -136,7 +137,7 @@ def origin(source: Source, files: Mapping[Path, str]) -> str:
             return origin(sources[0], files)
         case Sum(terms=terms):
             return origin(terms[0][1], files)
-        case Rows() | View() | Permuted() | Projected() | Transposed() | Normed():
+        case Rows() | View() | Permuted() | Projected() | Scaled() | Transposed() | Normed():
             return origin(source.source, files)
         case Merged():
             return "an earlier stage"

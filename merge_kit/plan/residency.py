@@ -12,11 +12,13 @@ from merge_kit.core.tensors import BLOCK, nbytes
 from merge_kit.plan.sources import (
     Columns,
     Concat,
+    Found,
     Generated,
     LowRank,
     Normed,
     Permuted,
     Projected,
+    Scaled,
     Source,
     Sum,
     Transposed,
@@ -32,6 +34,9 @@ STRIP = 2 * BLOCK
 
 KEPT = 16 * BLOCK
 """A left factor of up to so many elements is kept whole; of a larger one, rows are read."""
+
+PROJECTED = 16 * BLOCK
+"""Elements of a strip of a projected matrix, about; of one with a left factor, too."""
 
 NORM_ROWS = 16
 """Rows whose lengths are taken at once, where rows are no longer than a block."""
@@ -51,9 +56,21 @@ def is_kept(factor: Source) -> bool:
     return elements(factor) <= KEPT
 
 
+def projected_passes(source: Projected) -> int:
+    """Return how often the matrix is read: once for each strip, where there is a left factor."""
+    rows, columns = source.shape
+    return 1 if source.left is None else max(1, -(-rows // projected_rows(columns)))
+
+
+def projected_rows(columns: int) -> int:
+    """Return the rows of a strip or block of a projected matrix of so many columns."""
+    return min(1024, max(16, PROJECTED // max(1, columns)))
+
+
 def kept_bytes(source: Source, width: int) -> int:
     """Return what stays between slabs, for elements of `width` bytes; not in feeding steps."""
-    each = [kept_bytes(part, width) for part in parts(source)]
+    inner = 8 if isinstance(source, Projected) else width
+    each = [kept_bytes(part, inner) for part in parts(source)]
     if isinstance(source, Concat):
         return max(each, default=0)
     inside = sum(each)
@@ -64,7 +81,34 @@ def kept_bytes(source: Source, width: int) -> int:
         return inside + width * (elements(source.a) + left + rows * (columns + _rank(source)))
     if isinstance(source, Normed) and source.axis == 1:
         return inside + 8 * source.shape[1]
+    if isinstance(source, Scaled):
+        return inside + width * elements(source.factors)
+    if isinstance(source, Projected):
+        return inside + 8 * (_projected_elements(source) + _read_factors(source))
     return inside
+
+
+def _projected_elements(source: Projected) -> int:
+    """Return the elements of the strip and the blocks that a projected matrix keeps."""
+    (height, inner), (rows, columns) = source.source.shape, source.shape
+    width = inner if source.right is None else max(inner, columns)
+    block = min(projected_rows(width), height)
+    tall = min(projected_rows(columns if source.left is not None else width), rows)
+    kept = tall * columns
+    kept += block * columns if source.left is not None else 0
+    return kept + (block * inner if source.right is not None else 0)
+
+
+def _read_factors(source: Projected) -> int:
+    """Return the elements of the factors that are not held already."""
+    factors = [s for s in (source.left, source.right) if s is not None]
+    return sum(elements(factor) for factor in factors if not is_held(factor))
+
+
+def is_held(factor: Source) -> bool:
+    """Return whether a factor is in memory anyway."""
+    inner = factor.source if isinstance(factor, Transposed) else factor
+    return isinstance(inner, Found)
 
 
 def _rank(source: LowRank) -> int:
@@ -92,7 +136,9 @@ def spare_bytes(source: Source, count: int, width: int) -> int:
         case Permuted():
             return 3 * width * (count + 2 * prod(source.shape[1:])) + inside
         case Projected():
-            return inside + 8 * sum(elements(part) for part in parts(source))
+            sizes = [(source.source, max(PROJECTED, 16 * source.source.shape[1]))]
+            sizes += [(f, elements(f)) for f in parts(source)[1:] if not is_held(f)]
+            return max(spare_bytes(one, most, 8) for one, most in sizes)
         case _:
             return inside
 
@@ -107,7 +153,7 @@ def raw_bytes(source: Source, count: int) -> int:
             count = max(count, BLOCK)
         case Projected():
             count = PIECE
-        case Generated():
+        case Generated() | Found():
             return 0
         case _:
             pass

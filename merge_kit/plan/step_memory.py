@@ -8,8 +8,14 @@ from math import prod
 from merge_kit.core.dtypes import DTYPES
 from merge_kit.core.tensors import BLOCK, nbytes, numel
 from merge_kit.methods.updates import AdapterMethod, Work
-from merge_kit.plan.residency import PIECE, kept_bytes, raw_bytes, spare_bytes
-from merge_kit.plan.sources import LowRank, Source, elements
+from merge_kit.plan.residency import (
+    PIECE,
+    kept_bytes,
+    projected_passes,
+    raw_bytes,
+    spare_bytes,
+)
+from merge_kit.plan.sources import LowRank, Projected, Source, elements
 from merge_kit.plan.values import Step
 from merge_kit.plan.walk import (
     feeding,
@@ -102,7 +108,8 @@ def multiplies(step: Step) -> bool:
 
 
 def _has_products(source: Source) -> bool:
-    return isinstance(source, LowRank) or any(_has_products(part) for part in parts(source))
+    products = isinstance(source, LowRank | Projected)
+    return products or any(_has_products(part) for part in parts(source))
 
 
 def _slab_count(step: Step, slab: int) -> int:
@@ -149,4 +156,17 @@ def _own_flops(step: Step) -> float:
     if _factors(step):
         return _work(step).flops
     spec = step.outputs[0].spec
-    return step.method.flops(step.outputs[0].key, spec.shape, len(step.inputs))
+    own = step.method.flops(step.outputs[0].key, spec.shape, len(step.inputs))
+    return own + sum(_projected_flops(source) for source in operands(step))
+
+
+def _projected_flops(source: Source) -> float:
+    """Return the operations of projections in a source."""
+    inside = sum(_projected_flops(part) for part in parts(source))
+    if not isinstance(source, Projected):
+        return inside
+    (height, inner), (rows, columns) = source.source.shape, source.shape
+    right = 0.0 if source.right is None else 2.0 * height * inner * columns
+    if source.left is None:
+        return inside + right
+    return inside + projected_passes(source) * right + 2.0 * rows * height * columns

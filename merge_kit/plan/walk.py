@@ -17,6 +17,7 @@ from merge_kit.plan.sources import (
     Permuted,
     Projected,
     Rows,
+    Scaled,
     Source,
     Stored,
     Sum,
@@ -55,6 +56,8 @@ def parts(source: Source) -> list[Source]:
             return [part for _, part in source.terms]
         case Normed():
             return [source.source, source.magnitude]
+        case Scaled():
+            return [source.source, source.factors]
         case LowRank():
             return [s for s in (source.weight, source.a, source.b) if s is not None]
         case Projected():
