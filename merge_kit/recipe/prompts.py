@@ -22,7 +22,8 @@ ROUTERS_OF_PROMPTS = ("cheap_embed", "hidden", "hidden_avg")
 def read_prompts(findings: Findings, fields: Mapping[str, Node]) -> Prompts | None:
     """Return the prompts of an entry; None without positive ones, whatever negative ones say."""
     positive, negative = (_texts(findings, fields.get(key)) for key in PROMPT_KEYS)
-    return Prompts(positive, negative) if positive else None
+    given = fields.get("positive_prompts")
+    return Prompts(positive, negative) if given is not None and not given.is_empty else None
 
 
 def _texts(findings: Findings, node: Node | None) -> tuple[str, ...]:
@@ -62,7 +63,8 @@ def check_experts(findings: Findings, stage: Stage, parameters: Node | None) -> 
     entries, experts = (*stage.models, *stage.shared_experts), stage.models
     if router in ROUTERS_OF_PROMPTS:
         _require(findings, entries, f"{key}: {router}", f"write {key}: random")
-        if len({expert.prompts for expert in experts}) == 1 < len(experts) and experts[0].prompts:
+        prompts = {expert.prompts for expert in experts}
+        if len(prompts) == 1 < len(experts) and prompts.isdisjoint((None, Prompts(()))):
             problem = "all experts have the same prompts, so that no router can tell them apart"
             findings.error(experts[1].mark, problem, "list for each what is to go to it")
     prompted = next((entry for entry in entries if entry.prompts is not None), None)
