@@ -49,16 +49,14 @@ def found_routers(
     """
     _check_extra(site)
     experts, shared = sets
-    question = Question(
-        experts, shared, _tokenizer(site, base), base.label, _embedding(base, hidden)
-    )
+    folder, embedding = _tokenizer(site, base), _embedding(base, hidden)
+    question = Question(experts, shared, folder, base.label, embedding)
     key, same = f"routers-{site.number}", method.router == "cheap_embed"
     if same:
         artefact = embedded_bill(key, EmbeddedRouters(question))
     else:
-        artefact = hidden_bill(
-            key, _hidden(site, method, base, question, layers), base.config or {}
-        )
+        task = _hidden(site, method, base, question, layers)
+        artefact = hidden_bill(key, task, base.config or {})
 
     def found(name: str, rows: int) -> dict[int, Source]:
         names = {layer: found_name(name, None if same else layer) for layer in layers}
@@ -105,11 +103,8 @@ def _has_vocabulary(name: str) -> bool:
 
 
 def _embedding(base: Model, hidden: int) -> Source:
-    specs = {name: spec for name, spec in base.specs.items() if len(spec.shape) == 2}
-    name = embedding_for(
-        "lm_head.weight", {n: s for n, s in specs.items() if n != "lm_head.weight"}
-    )
-    if name is None or specs[name].shape[1] != hidden:
+    name = embedding_for("", base.specs)
+    if name is None or base.specs[name].shape[1:] != (hidden,):
         raise CheckpointError(
             "has no embedding of tokens that a router of prompts could start from",
             where=base.label,

@@ -23,9 +23,8 @@ def checked_prompts(
         prompts: One an expert.
         shared: Those of the shared expert, which needs none.
     """
-    sets = tuple(
-        _named(one, name) for one, name in zip(prompts, _names(site, prompts), strict=True)
-    )
+    named = zip(prompts, _names(site, prompts), strict=True)
+    sets = tuple(_named(one, name) for one, name in named)
     own = _named(shared, "the shared expert") if shared is not None and shared.positive else None
     found = [
         *_missing(site, router, sets),
