@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from merge_kit.architecture.config import Edit, edit_config, read_config
+from merge_kit.architecture.config import Config, Edit, edit_config, read_config
 from merge_kit.architecture.layer_rules import RULES, Rule, Values
 from merge_kit.architecture.per_layer import Place, layer_edits
 from merge_kit.architecture.per_layer_forms import FORM_BY_NAME, is_absent
@@ -35,7 +35,11 @@ class _Target:
         return tuple(place for place in self.places if place.layer < place.layers)
 
 
-def stacked_config(donor_text: str, stack: Stack, origins: Sequence[tuple[str, int]]) -> str:
+Origins = Sequence[tuple[str, int]]
+"""For each output layer, the config.json of the model that it comes from and its number there."""
+
+
+def stacked_config(donor_text: str, stack: Stack, origins: Origins) -> str:
     """Return the donor's config for a stack of other layers, everything else byte for byte.
 
     The layer count is patched under whatever keys hold it; lists with one entry a layer, masks
@@ -56,13 +60,18 @@ def stacked_config(donor_text: str, stack: Stack, origins: Sequence[tuple[str, i
         PlanError: If a config does not describe the stack, or a key cannot follow the layers; it
             names the key and the first layer that breaks.
     """
+    return edit_config(donor_text, stack_edits(donor_text, stack, origins))
+
+
+def stack_edits(donor_text: str, stack: Stack, origins: Origins) -> Sequence[Edit]:
+    """Return the edits of `stacked_config`, whose arguments and errors these are."""
     in_order = [layer for _, layer in origins] == list(range(len(origins)))
     if in_order and len(origins) == stack.count and _section(donor_text, stack) is None:
-        return donor_text
+        return ()
     targets = _targets(donor_text, stack, origins)
     own = all(text == donor_text for text, _ in origins)
     if own and in_order and len(origins) in targets[0].donor.lengths:
-        return donor_text
+        return ()
     edits: list[Edit] = []
     for target in targets:
         edits += _count_edits(target, stack)
@@ -71,12 +80,10 @@ def stacked_config(donor_text: str, stack: Stack, origins: Sequence[tuple[str, i
         edits += _rule_edits(target, {edit.path[-1] for edit in follow})
         path = target.section.path
         edits += shared_kv_edits(target.section.config, target.counted, path)
-    return edit_config(donor_text, edits)
+    return edits
 
 
-def _targets(
-    donor_text: str, stack: Stack, origins: Sequence[tuple[str, int]]
-) -> tuple[_Target, ...]:
+def _targets(donor_text: str, stack: Stack, origins: Origins) -> tuple[_Target, ...]:
     """Return the object that describes the stack, and the whole file if that repeats it."""
     section = _section(donor_text, stack)
     if section is None:
@@ -155,16 +162,22 @@ def _count_edits(target: _Target, stack: Stack) -> Iterator[Edit]:
     keys = held or ("num_hidden_layers",)
     values: dict[str, int] = dict.fromkeys(keys, new)
     side = side_of(target.prefix)
-    paired = section.config.get("is_encoder_decoder") is True and keys[0] == "num_layers"
-    if paired and side:  # without a count of its own, the decoder has as many layers as the encoder
-        values = {"num_decoder_layers": new if side == "decoder" else old}
-        values |= dict.fromkeys(keys, new) if side == "encoder" else {}
+    if is_paired(section.config, keys) and side == "decoder":
+        values = {"num_decoder_layers": new}
+    elif is_paired(section.config, keys) and side:
+        values["num_decoder_layers"] = old
     if stack.count > old:
         extra = len(target.places) - new
         values |= {key: extra for key in EXTRA_KEYS if is_int(section.config.get(key))}
     for key, value in values.items():
         if section.config.get(key) != value:
             yield Edit((*section.path, key), value)
+
+
+def is_paired(config: Config, keys: Sequence[str]) -> bool:
+    """Return whether the decoder has as many layers as the encoder, for want of its own count."""
+    paired = config.get("is_encoder_decoder") is True and keys[0] == "num_layers"
+    return paired and not is_int(config.get("num_decoder_layers"))
 
 
 def _layer_edits(target: _Target) -> Iterator[Edit]:

@@ -141,6 +141,23 @@ def described_stack(config: Mapping[str, Any] | None, stacks: Sequence[Stack]) -
     return max(fitting, key=fit, default=None)
 
 
+def same_place(stack: Stack, stacks: Sequence[Stack]) -> Stack | None:
+    """Return which of a model's stacks stands where one of another model does, or None.
+
+    That is the one of its name, or else the only one whose name differs by no more than what
+    stands in front (`encoder.layers` and `model.encoder.layers`).
+    """
+    named = next((one for one in stacks if one.prefix == stack.prefix), None)
+    ends = [one for one in stacks if _ends(one.prefix, stack.prefix)]
+    return named or (ends[0] if len(ends) == 1 else None)
+
+
+def _ends(one: str, other: str) -> bool:
+    """Return whether one of two paths ends the other."""
+    short, long = sorted((one, other), key=len)
+    return bool(short) and long.endswith(f".{short}")
+
+
 def _lead(stack: Stack) -> str:
     ends = not stack.prefix or stack.prefix.endswith("/")
     return stack.prefix if ends else stack.prefix + "."

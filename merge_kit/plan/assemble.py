@@ -17,9 +17,30 @@ from merge_kit.plan.items import Group, Item, Part
 from merge_kit.plan.models import Model
 from merge_kit.plan.rules import Rules
 from merge_kit.plan.values import LayerOrigin
-from merge_kit.recipe.values import NO_PARAMETERS, Entry, ModelRef, Parameters, Stage, TensorRule
+from merge_kit.recipe.values import (
+    NO_PARAMETERS,
+    Entry,
+    Mark,
+    ModelRef,
+    Parameters,
+    Stage,
+    TensorRule,
+)
 
 Names = Callable[[str], bool]
+
+
+@dataclass(frozen=True, slots=True)
+class Sliced:
+    """A stack of the donor whose layers slices replace.
+
+    Attributes:
+        stack: The stack as the donor has it.
+        layers: For each output layer, the first model that it comes from, and its number there.
+    """
+
+    stack: Stack
+    layers: tuple[tuple[Model, int], ...]
 
 
 @dataclass
@@ -28,8 +49,8 @@ class Assembly:
 
     Attributes:
         donor: The model whose config and side files the result takes: the base, or the first.
-        stack: The stack that was sliced, or None.
-        origins: Where each of its output layers comes from.
+        sliced: The stacks that slices build.
+        origins: Where each of their output layers comes from, one stack after the other.
         left_out: Why a tensor of a model is dropped, where the stage knows better than the form
             of the recipe tells.
     """
@@ -38,9 +59,8 @@ class Assembly:
     donor: Model
     base: Model | None
     items: list[Item] = field(default_factory=list)
-    stack: Stack | None = None
+    sliced: list[Sliced] = field(default_factory=list)
     origins: list[LayerOrigin] = field(default_factory=list)
-    first_sources: list[tuple[Model, int]] = field(default_factory=list)
     left_out: dict[tuple[Model, str], str] = field(default_factory=dict)
 
 
@@ -90,8 +110,15 @@ class Assembler:
         base: ModelRef | None,
         add_base: bool,
         method: str | None = None,
+        mark: Mark | None = None,
     ) -> Group:
-        """Return the models that are merged together; an unlisted base is added in models form."""
+        """Return the models that are merged together; an unlisted base is added in models form.
+
+        Args:
+            levels: Parameters of slice, module and recipe, the narrowest first.
+            method: Theirs alone, the stage's by default.
+            mark: Where that method is named.
+        """
         listed = list(entries)
         models = [self.find(entry.model, base) for entry in listed]
         base_model = self.find(base, None) if base else None
@@ -108,7 +135,7 @@ class Assembler:
             adds,
             tuple(levels),
             method or self.stage.merge_method,
-            self.stage.mark,
+            mark or self.stage.mark,
         )
 
     def _is_one_adapter(self, listed: Sequence[Entry], method: str | None) -> bool:

@@ -6,7 +6,9 @@ from collections import Counter
 from collections.abc import Sequence
 
 from merge_kit.architecture.config import read_config, with_dtype, with_tied
-from merge_kit.architecture.stacking import stacked_config
+from merge_kit.architecture.several_stacks import stacked_configs
+from merge_kit.architecture.stacking import Origins
+from merge_kit.architecture.stacks import Stack
 from merge_kit.architecture.ties import is_head, is_tied
 from merge_kit.core.dtypes import config_name, is_float
 from merge_kit.errors import CheckpointError
@@ -33,9 +35,10 @@ def _text(assembly: Assembly, part: Part, made: Sequence[Made]) -> str | None:
 
 
 def _patched(assembly: Assembly, part: Part, made: Sequence[Made], text: str) -> str:
-    if assembly.stack is not None and part == assembly.donor.main:
-        origins = [(_config_text(model), layer) for model, layer in assembly.first_sources]
-        text = stacked_config(text, assembly.stack, origins)
+    built = _built(assembly, part)
+    if built:
+        every = [stack for stack in assembly.donor.stacks if _folder(stack) == part.path]
+        text = stacked_configs(text, built, every)
     own = [m for m in made if m.held.component == part.path]
     dtype = main_dtype(own)
     named = assembly.stage.out_dtype or assembly.stage.dtype
@@ -52,8 +55,22 @@ def _stated_dtype(text: str) -> str:
     return str(config.get("dtype") or config.get("torch_dtype") or "").removeprefix("torch.")
 
 
-def _config_text(model: Model) -> str:
-    return model.main.config_text or "{}"
+def _built(assembly: Assembly, part: Part) -> list[tuple[Stack, Origins]]:
+    """Return the stacks of a component that slices build, with the configs of their layers."""
+    return [
+        (one.stack, [(_config_text(model, part.path), layer) for model, layer in one.layers])
+        for one in assembly.sliced
+        if _folder(one.stack) == part.path
+    ]
+
+
+def _folder(stack: Stack) -> str:
+    return stack.prefix.rpartition("/")[0]
+
+
+def _config_text(model: Model, path: str) -> str:
+    part = next((part for part in model.parts if part.path == path), model.main)
+    return part.config_text or "{}"
 
 
 def main_dtype(made: Sequence[Made]) -> str | None:

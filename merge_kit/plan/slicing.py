@@ -5,17 +5,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from merge_kit.architecture.roles import outside_role
-from merge_kit.architecture.stacks import Stack, layer_name, split_layer
+from merge_kit.architecture.stacks import Stack, layer_name, same_place, split_layer
 from merge_kit.architecture.ties import head_name, is_tied
+from merge_kit.core.layers import LayerList, Layers
 from merge_kit.errors import PlanError
 from merge_kit.methods.registry import find
-from merge_kit.plan.assemble import Assembler, Assembly, Names, tied_embedding
+from merge_kit.plan.assemble import Assembler, Assembly, Names, Sliced, tied_embedding
 from merge_kit.plan.items import Group, Item
 from merge_kit.plan.models import Model
+from merge_kit.plan.repeats import repeats
+from merge_kit.plan.side_by_side import SideBySide
 from merge_kit.plan.values import LayerOrigin
 from merge_kit.recipe.values import Parameters, Slice
 
-Layers = Sequence[tuple[Model, int]]
+Taken = Sequence[tuple[Model, int]]
+"""The layers that one output layer is made of."""
 
 
 class Slicer:
@@ -40,38 +44,50 @@ class Slicer:
         """
         groups = [self._group(part, levels) for part in slices]
         fitting = [self._can_slice(p, g) for p, g in zip(slices, groups, strict=True)]
-        result.stack = self.stack
         if not all(fitting):
             return []
         layers: list[Item] = []
+        taken: list[Taken] = []
+        beside = SideBySide(self.maker.donor, self.stack)
         for group in groups:
-            spans = [entry.layers for entry in group.entries if entry.layers is not None]
-            count = len(spans[0])
-            for k in range(count):
-                at = [(m, s[k]) for m, s in zip(group.models, spans, strict=True)]
-                out = len(result.origins)
-                sources = tuple((model.key, layer) for model, layer in at)
-                result.origins.append(LayerOrigin(self.stack.prefix, out, sources))
-                result.first_sources.append(at[0])
-                self._check_first(group, out, at)
-                layers += self._layer(group, out, at, k / (count - 1) if count > 1 else 1.0)
+            for at, t in _layers_of(group):
+                self._check(group, len(taken), at, beside)
+                layers += self._layer(group, len(taken), at, t)
+                result.origins.append(self._origin(group, len(taken), at))
+                taken.append(at)
+        if not taken:
+            self._refuse_nothing(slices[0])
+            return []
+        result.sliced.append(Sliced(self.stack, tuple(at[0] for at in taken)))
+        for note in repeats(self.stack.prefix, taken, self.maker.stage.name):
+            self.maker.findings.note(note)
         before = self._outside(groups[0], "before")
-        if result.origins:
-            first = [(model, 0) for model in groups[0].models]
-            before += self._layer(groups[0], 0, first, 0.0, extras=True)
+        first = [(model, 0) for model in groups[0].models]
+        before += self._layer(groups[0], 0, first, 0.0, extras=True)
         after = self._outside(groups[-1], "after")
         return [*before, *layers, *after, *self._own_head(groups[-1])]
 
     def _group(self, part: Slice, levels: Sequence[Parameters]) -> Group:
-        base = part.base_model or self.maker.stage.base_model
-        own = (part.parameters, *levels)
-        return self.maker.group(part.sources, own, base=base, add_base=False)
+        base, method = part.base_model or self.maker.stage.base_model, part.merge_method
+        return self.maker.group(
+            part.sources,
+            (part.parameters, *levels),
+            base=base,
+            add_base=False,
+            method=method,
+            mark=part.mark if method else None,
+        )
+
+    def _origin(self, group: Group, out: int, at: Taken) -> LayerOrigin:
+        sources = tuple((model.key, layer) for model, layer in at)
+        method = "" if group.method == "passthrough" else group.method
+        return LayerOrigin(self.stack.prefix, out, sources, method)
 
     def _layer(
-        self, group: Group, out: int, at: Layers, t: float, *, extras: bool = False
+        self, group: Group, out: int, at: Taken, t: float, *, extras: bool = False
     ) -> list[Item]:
         """Return the items of a layer, or of what the first one stores for all of them."""
-        own = [(model, stack_of(model, self.stack) or self.stack, layer) for model, layer in at]
+        own = [(model, self._stack_of(model) or self.stack, layer) for model, layer in at]
         suffixes = dict.fromkeys(
             suffix
             for model, theirs, layer in own
@@ -84,14 +100,16 @@ class Slicer:
             items += self.maker.make(group, layer_name(self.stack, out, suffix), names, t)
         return items
 
-    def _check_first(self, group: Group, out: int, at: Layers) -> None:
-        """Refuse to move a first layer that is built otherwise than all others, or to replace it.
+    def _check(self, group: Group, out: int, at: Taken, beside: SideBySide) -> None:
+        """Refuse a layer that cannot stand there, or not beside the others.
 
-        The program that loads the output builds the first layer in its own way, and would leave
-        out or make up the tensors in question.
+        A first layer that is built otherwise than all others is neither moved nor replaced: the
+        program that loads the output builds the first layer in its own way, and would leave out or
+        make up the tensors in question.
         """
         for entry, (model, layer) in zip(group.entries, at, strict=True):
-            lacks = model.first_layer_lacks(stack_of(model, self.stack) or self.stack)
+            own = self._stack_of(model) or self.stack
+            lacks = model.first_layer_lacks(own)
             if lacks and (layer == 0) != (out == 0):
                 problem = (
                     f"layer {layer} of {model.label} would be layer {out}, and of its layers only "
@@ -99,6 +117,11 @@ class Slicer:
                 )
                 hint = "begin with layer 0, and take it nowhere else"
                 self.maker.findings.problem(PlanError(problem, where=str(entry.mark), hint=hint))
+        model, layer = at[0]
+        mark = group.entries[0].mark
+        error = beside.problem(model, self._stack_of(model) or self.stack, layer, str(mark))
+        if error is not None:
+            self.maker.findings.problem(error)
 
     def _outside(self, group: Group, role: str) -> list[Item]:
         pairs = sorted(group.pairs(), key=lambda pair: not group.is_base(pair[0]))
@@ -135,20 +158,47 @@ class Slicer:
             findings.problem(PlanError(problem, where=str(part.mark), hint=hint))
             fine = False
         for entry, model in group.pairs():
-            own = stack_of(model, self.stack)
+            own = self._stack_of(model)
             if own is None or (entry.layers and entry.layers.stop > own.count):
-                has = "no such layers" if own is None else f"{own.count} layers, numbered from 0"
-                findings.problem(
-                    PlanError(
-                        f"layer_range {entry.layers} is beyond {model.label}, which has {has}",
-                        where=str(entry.mark),
-                        hint="the end of a range is not included",
-                    )
-                )
+                error = _beyond(entry.layers, model, own)
+                findings.problem(PlanError(error[0], where=str(entry.mark), hint=error[1]))
                 fine = False
         return fine
 
+    def _refuse_nothing(self, first: Slice) -> None:
+        problem = f"the slices take no layer of {self.stack.prefix or 'the model'}"
+        hint = "the end of a layer_range is not included: [0, 16] is 16 layers, [5, 5] is none"
+        self.maker.findings.problem(PlanError(problem, where=str(first.mark), hint=hint))
 
-def stack_of(model: Model, stack: Stack) -> Stack | None:
-    """Return a model's stack of the same place: of that name, else the one config describes."""
-    return next((s for s in model.stacks if s.prefix == stack.prefix), model.described)
+    def _stack_of(self, model: Model) -> Stack | None:
+        """Return a model's stack of the same place: of that name, or what stands for it there."""
+        if self.stack == self.maker.donor.described:
+            named = next((s for s in model.stacks if s.prefix == self.stack.prefix), None)
+            return named or model.described
+        return same_place(self.stack, model.stacks)
+
+
+def _layers_of(group: Group) -> list[tuple[Taken, float]]:
+    """Return what each layer of a slice is made of, with its depth in the slice."""
+    spans = [entry.layers for entry in group.entries if entry.layers is not None]
+    count = len(spans[0])
+    return [
+        (
+            [(model, span[k]) for model, span in zip(group.models, spans, strict=True)],
+            k / (count - 1) if count > 1 else 1.0,
+        )
+        for k in range(count)
+    ]
+
+
+def _beyond(layers: Layers | None, model: Model, own: Stack | None) -> tuple[str, str]:
+    """Return problem and hint for layers that a model does not have."""
+    key = "layers" if isinstance(layers, LayerList) else "layer_range"
+    if own is None:
+        stacks = ", ".join(f"{s.prefix} ({s.count})" for s in model.stacks) or "none"
+        return f"{key} {layers} of {model.label}, which has no such layers", f"it has: {stacks}"
+    has = f"{own.count} layers, numbered from 0"
+    hint = "the end of a range is not included"
+    if key == "layers":
+        hint = f"the last one is {own.count - 1}"
+    return f"{key} {layers} is beyond {model.label}, which has {has}", hint

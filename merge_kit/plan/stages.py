@@ -74,7 +74,7 @@ def _modules(maker: Assembler, result: Assembly, findings: Findings) -> None:
         findings.note(f"{len(left)} tensors of no named module are copied from {donor.label}")
         result.items += _of_donor(maker, left, "of no named module")
     order = {name: i for i, name in enumerate(donor.tensors)}
-    if not result.origins:
+    if not result.sliced:
         result.items.sort(key=lambda item: order.get(item.name, len(order)))
 
 
@@ -93,15 +93,6 @@ def _module(maker: Assembler, result: Assembly, module: Module, keys: Sequence[s
     if stack is None:
         problem = f"module {module.name!r} has no layers to slice"
         maker.findings.problem(PlanError(problem, where=str(module.mark)))
-        return []
-    if result.stack is not None:
-        maker.findings.problem(
-            PlanError(
-                "two modules with slices in one stage",
-                where=str(module.mark),
-                hint="slice one in a stage with a name, and the other in a stage that uses it",
-            )
-        )
         return []
     return Slicer(maker, stack, keep).fill(result, module.slices, levels)
 

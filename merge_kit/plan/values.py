@@ -188,11 +188,16 @@ class Artefact:
 
 @dataclass(frozen=True, slots=True)
 class LayerOrigin:
-    """Where one output layer comes from: (model key, its layer) a source."""
+    """Where one output layer comes from: (model key, its layer) a source.
+
+    Attributes:
+        method: What merges the sources, "" where the layer is taken as it is.
+    """
 
     stack: str
     layer: int
     sources: tuple[tuple[str, int], ...]
+    method: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,129 @@
+"""Layers of other models beside those of the model whose config a stack takes: do they fit?"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Any
+
+from merge_kit.architecture.layer_sizes import differing_keys, sizes_by_layer
+from merge_kit.architecture.sections import section_of
+from merge_kit.architecture.stacks import Stack
+from merge_kit.errors import MismatchError
+from merge_kit.plan.models import Model
+
+Shape = tuple[int, ...]
+
+_BUFFER = re.compile(r"(^|\.)(inv_freq|masked_bias|relative_position_index|position_ids)$")
+_SHOWN = 3
+"""Names that are listed."""
+
+_MASK_RANK = 3
+"""A `bias` of as many axes is a mask that no weight depends on, as in GPT-2."""
+
+
+class SideBySide:
+    """Holds layers to those of the donor, by the names and shapes of their tensors.
+
+    What differs between layers of one model may differ between layers of the output: experts
+    beside dense layers, layers of two kinds of attention. Where a config gives sizes layer by
+    layer, they follow the layers.
+    """
+
+    def __init__(self, donor: Model, stack: Stack) -> None:
+        self._donor, self._stack = donor, stack
+        self._seen: set[tuple[str, str]] = set()  # label of the model, kind of problem
+
+    def problem(self, model: Model, stack: Stack, layer: int, where: str) -> MismatchError | None:
+        """Return why a layer cannot stand beside the donor's, None where it can or was said so."""
+        if model is self._donor:
+            return None
+        shapes = _shapes(model, stack, layer)
+        found = self._size(model, stack, layer, shapes) or self._kind(model, stack, layer, shapes)
+        if found is None or (model.label, found[1]) in self._seen:
+            return None
+        self._seen.add((model.label, found[1]))
+        return MismatchError(found[0], where=where, hint=found[1])
+
+    def _size(
+        self, model: Model, stack: Stack, layer: int, shapes: Mapping[str, Shape]
+    ) -> tuple[str, str] | None:
+        """Return problem and hint for a tensor of a shape that no layer of the donor has."""
+        one, other = self._config, _config(model, stack)
+        free = sizes_by_layer(one, self._stack.count) or sizes_by_layer(other, stack.count)
+        for suffix, shape in shapes.items():
+            own = self._own.get(suffix)
+            if own is None or shape in own:
+                continue
+            known = next(iter(own))
+            keys = differing_keys(one, other, known, shape)
+            if free and not keys:
+                continue
+            said = "".join(f"; {key} is {other[key]} there, {one[key]} here" for key in keys)
+            problem = (
+                f"layer {layer} of {model.label} has {suffix} of shape {list(shape)}, layer "
+                f"{own[known]} of {self._donor.label}, whose config is taken, {list(known)}{said}"
+            )
+            return problem, "stack layers of one size: pad, crop or project a model to it first"
+        return None
+
+    def _kind(
+        self, model: Model, stack: Stack, layer: int, shapes: Mapping[str, Shape]
+    ) -> tuple[str, str] | None:
+        """Return problem and hint for a layer of other tensors than the donor's layers have."""
+        suffixes = frozenset(shapes)
+        if not suffixes or not self._kinds or suffixes in self._kinds:
+            return None
+        nearest = min(self._kinds, key=lambda kind: (len(kind ^ suffixes), sorted(kind)))
+        odd = sorted(nearest ^ suffixes)
+        types = self._config.get("model_type"), _config(model, stack).get("model_type")
+        biases = all(suffix.endswith("bias") for suffix in odd)
+        if not biases and (types[0] == types[1] or None in types):
+            return None  # kinds of layers that one architecture may mix
+        more = [suffix for suffix in odd if suffix in suffixes]
+        verb, named = ("has", more) if more else ("lacks", odd)
+        shown = ", ".join(named[:_SHOWN]) + (", ..." if len(named) > _SHOWN else "")
+        whose = f"{self._donor.label}, whose config is taken"
+        against = f"no layer of {whose}, has" if more else f"the layers of {whose}, have"
+        problem = f"layer {layer} of {model.label} {verb} {shown}, which {against}"
+        return problem, "stack layers of one architecture"
+
+    @cached_property
+    def _own(self) -> Mapping[str, Mapping[Shape, int]]:
+        """Of the donor: suffix -> shape -> the first layer with it."""
+        found: dict[str, dict[Shape, int]] = {}
+        for layer in sorted(self._donor.by_layer(self._stack)):
+            for suffix, shape in _shapes(self._donor, self._stack, layer).items():
+                found.setdefault(suffix, {}).setdefault(shape, layer)
+        return found
+
+    @cached_property
+    def _kinds(self) -> frozenset[frozenset[str]]:
+        layers = self._donor.by_layer(self._stack)
+        return frozenset(frozenset(_shapes(self._donor, self._stack, i)) for i in layers)
+
+    @cached_property
+    def _config(self) -> Mapping[str, Any]:
+        return _config(self._donor, self._stack)
+
+
+def _shapes(model: Model, stack: Stack, layer: int) -> dict[str, Shape]:
+    """Return suffix -> shape of what a layer has of its own, masks left out."""
+    extras, names = model.first_layer_extras(stack), model.by_layer(stack).get(layer, {})
+    shapes = {suffix: model.tensors[name].spec.shape for suffix, name in names.items()}
+    return {s: shape for s, shape in shapes.items() if s not in extras and not _is_mask(s, shape)}
+
+
+def _is_mask(suffix: str, shape: Shape) -> bool:
+    """Return whether a program makes this up itself, whether or not it is stored."""
+    mask = suffix.endswith(".bias") and len(shape) >= _MASK_RANK
+    return mask or _BUFFER.search(suffix) is not None
+
+
+def _config(model: Model, stack: Stack) -> Mapping[str, Any]:
+    """Return the object of a model's config that describes a stack, empty without a config."""
+    if model.config is None:
+        return {}
+    section = section_of(model.config, stack.prefix, stack.count)
+    return model.config if section is None else section.config
