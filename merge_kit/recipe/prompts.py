@@ -12,8 +12,8 @@ from merge_kit.recipe.values import Entry, Parameters, Prompts, Stage
 MAX_PROMPTS = 1000
 """Most texts of one list; each takes a pass through the base model."""
 
-MAX_LETTERS = 20_000
-"""Most characters of one text."""
+MAX_BYTES = 8192
+"""Most bytes of one text, as UTF-8."""
 
 ROUTERS_OF_PROMPTS = ("cheap_embed", "hidden", "hidden_avg")
 """Routers whose rows are made of prompts."""
@@ -41,12 +41,13 @@ def _text(findings: Findings, node: Node) -> str | None:
     text = findings.text(node)
     if text is None:
         return None
-    if len(text) > MAX_LETTERS:
-        problem = f"{node.name} has {len(text):,} characters, expected at most {MAX_LETTERS:,}"
-        findings.error(node.mark, problem, "a few sentences say as much to a router")
-        return None
     if any("\ud800" <= letter <= "\udfff" for letter in text):
         findings.error(node.mark, f"{node.name} holds half a character", "write it as UTF-8")
+        return None
+    size = len(text.encode())
+    if size > MAX_BYTES:
+        problem = f"{node.name} has {size:,} bytes, expected at most {MAX_BYTES:,}"
+        findings.error(node.mark, problem, "a few sentences say as much to a router")
         return None
     return text
 

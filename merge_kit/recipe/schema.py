@@ -10,7 +10,7 @@ from merge_kit.methods.registry import find, names, parameters
 from merge_kit.recipe import keys
 from merge_kit.recipe.experts import ARCHITECTURES, GATE_MODES, SIGNS
 from merge_kit.recipe.nodes import MAX_WHOLE
-from merge_kit.recipe.prompts import MAX_LETTERS, MAX_PROMPTS
+from merge_kit.recipe.prompts import MAX_BYTES, MAX_PROMPTS
 from merge_kit.recipe.uses import USE_NAME
 
 Schema = dict[str, Any]
@@ -152,7 +152,7 @@ def _definitions() -> Schema:
 
 def _definitions_of_experts() -> Schema:
     """Return models that become experts, and the form of a document that mergekit-moe reads."""
-    text: Schema = {"type": "string", "pattern": r"\S", "maxLength": MAX_LETTERS}
+    text: Schema = {"type": "string", "pattern": r"\S", "maxLength": MAX_BYTES}
     prompts = {
         key: {"type": "array", "items": text, "maxItems": MAX_PROMPTS} for key in keys.PROMPT_KEYS
     }

@@ -8,7 +8,7 @@ from jsonschema import Draft202012Validator
 
 from merge_kit.errors import MergeKitError
 from merge_kit.recipe import parse_recipe, recipe_from_mapping, recipe_schema
-from merge_kit.recipe.prompts import MAX_LETTERS, MAX_PROMPTS
+from merge_kit.recipe.prompts import MAX_BYTES, MAX_PROMPTS
 from merge_kit.recipe.stages import entries, references
 from merge_kit.recipe.values import Prompts
 
@@ -192,11 +192,11 @@ def of(texts):
 
 def test_texts_are_bounded_in_number_and_length():
     recipe_from_mapping(of(["x"] * MAX_PROMPTS))
-    recipe_from_mapping(of(["x" * MAX_LETTERS]))
+    recipe_from_mapping(of(["x" * MAX_BYTES]))
     with pytest.raises(MergeKitError, match="a list of 1001, expected at most 1,000 texts"):
         recipe_from_mapping(of(["x"] * (MAX_PROMPTS + 1)))
-    with pytest.raises(MergeKitError, match="has 20,001 characters, expected at most 20,000"):
-        recipe_from_mapping(of(["x" * (MAX_LETTERS + 1)]))
+    with pytest.raises(MergeKitError, match="has 8,194 bytes, expected at most 8,192"):
+        recipe_from_mapping(of(["é" * (MAX_BYTES // 2 + 1)]))
 
 
 def test_half_a_character_is_refused():
