@@ -37,8 +37,9 @@ class Layout:
         block: Module of a layer that holds router and experts.
         parts: Names of gate, up and down projection in an expert.
         shared: Module of the expert that every token passes, "" where there is none.
-        holds: What a layer may hold beside its MLP.
-        biases: What it must hold, zeros where the dense model has none.
+        holds: What a layer holds beside its MLP.
+        may_hold: What it may hold.
+        biases: What it must hold too, zeros where the dense model has none.
         count_key: Key of config.json for the number of experts.
         some_layers: Whether layers can stay dense.
     """
@@ -50,6 +51,7 @@ class Layout:
     parts: tuple[str, str, str]
     shared: str
     holds: frozenset[str]
+    may_hold: frozenset[str]
     biases: tuple[str, ...]
     count_key: str
     some_layers: bool
@@ -88,6 +90,7 @@ LAYOUTS: Mapping[str, Layout] = {
             ("w1", "w3", "w2"),
             "",
             _PLAIN,
+            frozenset(),
             (),
             "num_local_experts",
             some_layers=False,
@@ -99,7 +102,8 @@ LAYOUTS: Mapping[str, Layout] = {
             "mlp",
             _QWEN_PARTS,
             "mlp.shared_expert",
-            _PLAIN | {*_BIASES},
+            _PLAIN,
+            frozenset(_BIASES),
             _BIASES,
             "num_experts",
             some_layers=True,
@@ -111,7 +115,8 @@ LAYOUTS: Mapping[str, Layout] = {
             "mlp",
             _QWEN_PARTS,
             "",
-            _PLAIN | {*_BIASES, _OUT_BIAS, *_QK_NORMS},
+            _PLAIN | {*_QK_NORMS},
+            frozenset((*_BIASES, _OUT_BIAS)),
             (),
             "num_experts",
             some_layers=True,
