@@ -7,6 +7,7 @@ from pathlib import Path
 
 from merge_kit.methods.base import MergeMethod, PerModel
 from merge_kit.methods.registry import parameters
+from merge_kit.plan.describe_scales import Scales, layer_scales, scale_note
 from merge_kit.plan.sources import (
     Chosen,
     Columns,
@@ -29,8 +30,9 @@ from merge_kit.plan.values import LayerOrigin, Plan, Step
 
 def layer_lines(plan: Plan) -> list[str]:
     """Return one line for each longest run of layers that come from consecutive layers."""
-    labels = _labels(plan)
-    lines = [_layer_line(run, labels) for run in _runs(plan.layer_map)]
+    labels, scales = _labels(plan), layer_scales(plan)
+    runs = _runs(plan.layer_map, scales)
+    lines = [_layer_line(run, labels, [scales.get(_place(one), {}) for one in run]) for run in runs]
     return lines or ["no layer is moved: each comes from the layers of the same number"]
 
 
@@ -39,10 +41,17 @@ def _labels(plan: Plan) -> dict[str, str]:
     return {model.key: f"{model.key}:{model.name}" for model in plan.inputs}
 
 
-def _runs(origins: Sequence[LayerOrigin]) -> Iterator[list[LayerOrigin]]:
+def _place(origin: LayerOrigin) -> tuple[str, int]:
+    return origin.stack, origin.layer
+
+
+def _runs(
+    origins: Sequence[LayerOrigin], scales: Mapping[tuple[str, int], Scales]
+) -> Iterator[list[LayerOrigin]]:
     run: list[LayerOrigin] = []
     for origin in origins:
-        if run and not _follows(run[-1], origin):
+        same = run and list(scales.get(_place(run[-1]), ())) == list(scales.get(_place(origin), ()))
+        if run and not (same and _follows(run[-1], origin)):
             yield run
             run = []
         run.append(origin)
@@ -52,14 +61,23 @@ def _runs(origins: Sequence[LayerOrigin]) -> Iterator[list[LayerOrigin]]:
 
 def _follows(before: LayerOrigin, after: LayerOrigin) -> bool:
     expected = tuple((model, layer + 1) for model, layer in before.sources)
-    return (after.stack, after.layer, after.sources) == (before.stack, before.layer + 1, expected)
+    next_to_it = (after.stack, after.layer, after.sources) == (
+        before.stack,
+        before.layer + 1,
+        expected,
+    )
+    return next_to_it and after.method == before.method
 
 
-def _layer_line(run: Sequence[LayerOrigin], labels: Mapping[str, str]) -> str:
+def _layer_line(
+    run: Sequence[LayerOrigin], labels: Mapping[str, str], scales: Sequence[Scales]
+) -> str:
     first, last = run[0], run[-1]
     pairs = zip(first.sources, last.sources, strict=True)
     sources = [f"{labels.get(key, key)} {_span(start, stop)}" for (key, start), (_, stop) in pairs]
-    return f"{first.stack} {_span(first.layer, last.layer)} from {', '.join(sources)}"
+    by = f"{first.method} of " if first.method else ""
+    span = f"{first.stack} {_span(first.layer, last.layer)}"
+    return f"{span} from {by}{', '.join(sources)}{scale_note(scales)}"
 
 
 def _span(first: int, last: int) -> str:
