@@ -11,7 +11,16 @@ from merge_kit.core.tensors import BLOCK, nbytes
 from merge_kit.errors import MergeKitError, PlanError
 from merge_kit.plan.process import process_bytes
 from merge_kit.plan.residency import projected_passes
-from merge_kit.plan.sources import Merged, Normed, Projected, Source, elements
+from merge_kit.plan.sources import (
+    Chosen,
+    Merged,
+    Normed,
+    Projected,
+    Source,
+    Stored,
+    View,
+    elements,
+)
 from merge_kit.plan.step_memory import (
     ALGEBRA_BYTES,
     float_bytes,
@@ -152,7 +161,7 @@ def passes(step: Step) -> int:
 
 def read_bytes(step: Step) -> int:
     """Return bytes read from input files, repeated passes included."""
-    total = passes(step) * sum(_read_once(source) for source in operands(step))
+    total = passes(step) * sum(once_bytes(source) for source in operands(step))
     return total + sum(s.span.nbytes for a in step.agree for s in stored(a)) * 2
 
 
@@ -161,22 +170,27 @@ def _is_look(step: Step) -> bool:
     return step.shape is not None or step.action == "copy"
 
 
-def _read_once(source: Source) -> int:
+def once_bytes(source: Source) -> int:
     """Return the bytes of one pass over a source, with what it reads again for itself.
 
-    Lengths of columns take a pass of their own, and a left factor one for each strip.
+    Lengths of columns take a pass of their own, and a left factor one for each strip. Of several
+    sources one is chosen, and of a tensor that is viewed only the view is read.
     """
-    total = sum(nbytes(one.dtype, elements(one)) for one in stored(source))
-    return total + _read_again(source)
-
-
-def _read_again(source: Source) -> int:
-    inside = sum(_read_again(part) for part in parts(source))
+    match source:
+        case Stored():
+            return nbytes(source.dtype, elements(source))
+        case View() if isinstance(source.source, Stored):
+            return nbytes(source.dtype, elements(source))
+        case Chosen():
+            return max(once_bytes(one) for one in source.sources)
+        case Merged():
+            return sum(once_bytes(one) for one in operands(source.step))
+    total = sum(once_bytes(part) for part in parts(source))
     if isinstance(source, Normed) and source.axis == 1:
-        return inside + _read_once(source.source)
+        return total + once_bytes(source.source)
     if isinstance(source, Projected):
-        return inside + (projected_passes(source) - 1) * _read_once(source.source)
-    return inside
+        return total + (projected_passes(source) - 1) * once_bytes(source.source)
+    return total
 
 
 def scratch_bytes(step: Step) -> int:

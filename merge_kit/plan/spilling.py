@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from merge_kit.core.tensors import nbytes
-from merge_kit.plan.sources import Merged, Source, elements
+from merge_kit.plan.sources import Chosen, Merged, Source, elements
 from merge_kit.plan.values import Step
 from merge_kit.plan.walk import operands, parts, with_parts
 
@@ -32,8 +32,8 @@ class Spills:
             self._choose_source(source, seen, once=once)
 
     def _choose_source(self, source: Source, seen: set[int], *, once: bool) -> None:
-        for part in parts(source):
-            self._choose_source(part, seen, once=False)
+        for part in parts(source):  # of several that could be chosen, one is read, as the choice is
+            self._choose_source(part, seen, once=once and isinstance(source, Chosen))
         if not isinstance(source, Merged):
             return
         method, key = source.step.method, id(source.step)

@@ -13,7 +13,7 @@ from merge_kit.architecture.dense_twins import (
     projections,
     twin_for,
 )
-from merge_kit.architecture.expert_groups import ExpertGroup, Piece, find_experts
+from merge_kit.architecture.expert_groups import ExpertGroup, Piece
 from merge_kit.core.dtypes import is_float, promoted
 from merge_kit.errors import MismatchError, PlanError
 from merge_kit.methods.base import PerModel
@@ -22,6 +22,7 @@ from merge_kit.methods.moe_to_dense import MoeToDense
 from merge_kit.methods.structures import StructureMethod
 from merge_kit.plan.assemble import Assembly
 from merge_kit.plan.building.built import Built, Site
+from merge_kit.plan.building.experts_found import whole_groups
 from merge_kit.plan.building.one_model import only_model
 from merge_kit.plan.building.pieces import copied, made_of, part_of
 from merge_kit.plan.configs import result_parts
@@ -90,26 +91,6 @@ def _width(model: Model, made: Sequence[Made]) -> int:
 
 def _layers(groups: Sequence[ExpertGroup]) -> str:
     return f"{len(groups)} layers" if len(groups) > 1 else "one layer"
-
-
-def whole_groups(model: Model) -> Sequence[ExpertGroup]:
-    """Return the groups of experts of a model.
-
-    Raises:
-        MismatchError: If there are none, or one is not whole.
-    """
-    groups = find_experts({name: spec.shape for name, spec in model.specs.items()})
-    if not groups:
-        raise MismatchError(
-            "has no experts, in no tensor's name",
-            where=model.label,
-            hint="experts are looked for as `experts.0.up_proj.weight` or `experts.up_proj`",
-        )
-    for group in groups:
-        if group.problem:
-            hint = "is the download complete?"
-            raise MismatchError(group.problem, where=f"{model.label}, {group.path}", hint=hint)
-    return groups
 
 
 @dataclass
