@@ -40,8 +40,10 @@ SOMEWHERE: Mapping[str, set[str]] = {
     "click": {"cli"},
     "tqdm": {"cli"},
     "huggingface_hub": {"io", "publish"},
+    "scipy": {"engine"},
+    "transformers": {"engine"},
 }
-NOWHERE = {"transformers", "peft", "accelerate"}
+NOWHERE = {"peft", "accelerate"}
 TYPING_ONLY = ("TYPE_CHECKING", "typing.TYPE_CHECKING")
 
 

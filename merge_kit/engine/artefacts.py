@@ -15,19 +15,29 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from merge_kit.engine.basis import embedding_basis, given_basis
 from merge_kit.engine.journal import FOLDER
 from merge_kit.engine.matching import match_experts
 from merge_kit.engine.operands import Operands
 from merge_kit.engine.prepared import prepared
+from merge_kit.engine.routers import find_embedded, find_hidden
 from merge_kit.engine.state import RunState
 from merge_kit.errors import InterruptedRun
 from merge_kit.plan.building.matching_task import ExpertMatching
+from merge_kit.plan.building.routers_tasks import EmbeddedRouters, HiddenRouters
+from merge_kit.plan.building.width_basis import EmbeddingBasis, GivenBasis
 
 Finder = Callable[[Any, Operands, threading.Event], Mapping[str, Tensor]]
 """(task, operands, stop) -> tensors by name; it looks at `stop` now and then, and raises
 InterruptedRun if it is set."""
 
-FINDERS: dict[type, Finder] = {ExpertMatching: match_experts}
+FINDERS: dict[type, Finder] = {
+    ExpertMatching: match_experts,
+    EmbeddedRouters: find_embedded,
+    HiddenRouters: find_hidden,
+    EmbeddingBasis: embedding_basis,
+    GivenBasis: given_basis,
+}
 """How each kind of task is done; see `plan.values.Artefact`."""
 
 
