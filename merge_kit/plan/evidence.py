@@ -106,6 +106,22 @@ class Evidence:
             self._by_path[real] = open_statistics(f"{_PARAMETER}-{len(self._by_path) + 1}", path)
         return self._by_path[real]
 
+    def lent(self, text: str, mark: Mark) -> Model:
+        """Return a file of other numbers that a stage reads, all of them asked for.
+
+        Raises:
+            CheckpointError: If it is missing or broken.
+        """
+        known = self._by_text.get(text)
+        if not isinstance(known, Statistics):
+            path = locate(ModelRef(text, text=text, mark=mark), self._folder)
+            real = path.resolve()
+            if real not in self._by_path:
+                self._by_path[real] = open_statistics(f"numbers-{len(self._by_path) + 1}", path)
+            known = self._by_text[text] = self._by_path[real]
+        known.used.update(known.model.tensors)
+        return known.model
+
     def notes(self) -> list[str]:
         """Return a sentence for each file that holds what nothing asked for."""
         sentences = []

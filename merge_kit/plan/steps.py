@@ -63,7 +63,7 @@ class StepMaker:
         self, stage: Stage, seed: int, group: int, evidence: Evidence | None = None
     ) -> None:
         self.stage, self.seed, self.group = stage, seed_of(stage.name, seed), group
-        self._evidence = evidence or Evidence(None)
+        self.evidence = evidence or Evidence(None)
         self._evaluator = Evaluator()
 
     def make(self, item: Item) -> Made:
@@ -87,7 +87,7 @@ class StepMaker:
 
     def _weighed(self, item: Item, method: MergeMethod, inputs: tuple[Part, ...]) -> Made:
         """Return a merge of models by statistics; a base is no part of it."""
-        aux = self._evidence.operands(item, method, inputs)
+        aux = self.evidence.operands(item, method, inputs)
         if not aux:
             method = Linear(weight=getattr(method, "weight"))  # noqa: B009  (not of every method)
         dtypes = [_held(part).spec.dtype for part in inputs]
