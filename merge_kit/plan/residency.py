@@ -10,6 +10,7 @@ from math import prod
 
 from merge_kit.core.tensors import BLOCK, nbytes
 from merge_kit.plan.sources import (
+    Chosen,
     Columns,
     Concat,
     Found,
@@ -71,7 +72,7 @@ def kept_bytes(source: Source, width: int) -> int:
     """Return what stays between slabs, for elements of `width` bytes; not in feeding steps."""
     inner = 8 if isinstance(source, Projected) else width
     each = [kept_bytes(part, inner) for part in parts(source)]
-    if isinstance(source, Concat):
+    if isinstance(source, Concat | Chosen):
         return max(each, default=0)
     inside = sum(each)
     if isinstance(source, LowRank):
