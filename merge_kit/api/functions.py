@@ -72,13 +72,18 @@ Returns an adapter that is made by `.save(folder)` or `.state_dict()`, and plann
 """
 
 
-def annotation(parameter: Parameter) -> str:
-    """Return the type of a parameter's argument."""
+def annotation(parameter: Parameter, *, spans: bool = True) -> str:
+    """Return the type of a parameter's argument.
+
+    Args:
+        spans: Whether a list of values may span the layers.
+    """
     none = " | None" if parameter.optional else ""
     if parameter.kind is Listed:
         return f"int | str | Sequence[int]{none}"
     kind = parameter.kind.__name__
-    many = f" | Sequence[{kind}{none}]" if parameter.per_model or kind != "str" else ""
+    several = parameter.per_model or (kind != "str" and (spans or kind == "float"))
+    many = f" | Sequence[{kind}{none}]" if several else ""
     return f"{kind}{many}{none}"
 
 
@@ -89,7 +94,7 @@ def signature(method: type[MergeMethod]) -> Signature:
         default = default_of(entry)
         if default is None and entry.required:
             default = Argument.empty
-        note = annotation(entry)
+        note = annotation(entry, spans=method.makes != "structure")
         arguments.append(
             Argument(entry.field, Argument.KEYWORD_ONLY, default=default, annotation=note)
         )

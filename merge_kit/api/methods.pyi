@@ -10,10 +10,12 @@ __all__ = [
     "arcee_fusion",
     "breadcrumbs",
     "breadcrumbs_ties",
+    "crop",
     "dare_linear",
     "dare_ties",
     "della",
     "della_linear",
+    "depth_upscale",
     "fisher",
     "iso_c",
     "iso_cts",
@@ -27,17 +29,22 @@ __all__ = [
     "lora_svd",
     "lora_ties",
     "magnitude",
+    "match_experts",
     "model_stock",
+    "moe_to_dense",
     "multislerp",
     "nearswap",
     "nuslerp",
+    "pad",
     "passthrough",
+    "project",
     "ram",
     "ramplus_tl",
     "regmean",
     "rescale",
     "sce",
     "slerp",
+    "sparse_upcycle",
     "task_arithmetic",
     "ties",
     "tsv",
@@ -78,6 +85,17 @@ def breadcrumbs_ties(
     rescale: bool | Sequence[bool] = False,
     lambda_: float | Sequence[float] = 1.0,
     variant: str = "mergekit",
+) -> LazyMerge: ...
+def crop(
+    first: Operand | Sequence[Operand] | None = None,
+    models: Sequence[Operand] | None = None,
+    *,
+    base: Operand | None = None,
+    seed: int | None = None,
+    hidden_size: int | None = None,
+    intermediate_size: int | None = None,
+    num_attention_heads: int | None = None,
+    num_key_value_heads: int | None = None,
 ) -> LazyMerge: ...
 def dare_linear(
     first: Operand | Sequence[Operand] | None = None,
@@ -132,6 +150,19 @@ def della_linear(
     rescale: bool | Sequence[bool] = True,
     lambda_: float | Sequence[float] = 1.0,
     variant: str = "mergekit",
+) -> LazyMerge: ...
+def depth_upscale(
+    first: Operand | Sequence[Operand] | None = None,
+    models: Sequence[Operand] | None = None,
+    *,
+    base: Operand | None = None,
+    seed: int | None = None,
+    target_layers: int | None = None,
+    overlap: int | None = None,
+    overlap_mode: str = "drop",
+    blend: str = "linear",
+    t: float | Sequence[float] = 0.5,
+    block_expansion: bool = False,
 ) -> LazyMerge: ...
 def fisher(
     first: Operand | Sequence[Operand] | None = None,
@@ -276,6 +307,14 @@ def magnitude(
     lambda_: float | Sequence[float] = 1.0,
     scope: str = "tensor",
 ) -> LazyMerge: ...
+def match_experts(
+    first: Operand | Sequence[Operand] | None = None,
+    models: Sequence[Operand] | None = None,
+    *,
+    base: Operand | None = None,
+    seed: int | None = None,
+    by: str = "weights",
+) -> LazyMerge: ...
 def model_stock(
     first: Operand | Sequence[Operand] | None = None,
     models: Sequence[Operand] | None = None,
@@ -283,6 +322,15 @@ def model_stock(
     base: Operand | None = None,
     seed: int | None = None,
     filter_wise: bool | Sequence[bool] = False,
+) -> LazyMerge: ...
+def moe_to_dense(
+    first: Operand | Sequence[Operand] | None = None,
+    models: Sequence[Operand] | None = None,
+    *,
+    base: Operand | None = None,
+    seed: int | None = None,
+    experts: int | str | Sequence[int] | None = None,
+    architecture: str | None = None,
 ) -> LazyMerge: ...
 def multislerp(
     first: Operand | Sequence[Operand] | None = None,
@@ -312,6 +360,17 @@ def nuslerp(
     nuslerp_flatten: bool | Sequence[bool] = True,
     nuslerp_row_wise: bool | Sequence[bool] = False,
 ) -> LazyMerge: ...
+def pad(
+    first: Operand | Sequence[Operand] | None = None,
+    models: Sequence[Operand] | None = None,
+    *,
+    base: Operand | None = None,
+    seed: int | None = None,
+    hidden_size: int | None = None,
+    intermediate_size: int | None = None,
+    num_attention_heads: int | None = None,
+    num_key_value_heads: int | None = None,
+) -> LazyMerge: ...
 def passthrough(
     first: Operand | Sequence[Operand] | None = None,
     models: Sequence[Operand] | None = None,
@@ -319,6 +378,18 @@ def passthrough(
     base: Operand | None = None,
     seed: int | None = None,
     scale: float | Sequence[float | None] | None = None,
+) -> LazyMerge: ...
+def project(
+    first: Operand | Sequence[Operand] | None = None,
+    models: Sequence[Operand] | None = None,
+    *,
+    base: Operand | None = None,
+    seed: int | None = None,
+    hidden_size: int | None = None,
+    intermediate_size: int | None = None,
+    num_attention_heads: int | None = None,
+    num_key_value_heads: int | None = None,
+    basis: str = "svd",
 ) -> LazyMerge: ...
 def ram(
     first: Operand | Sequence[Operand] | None = None,
@@ -377,6 +448,23 @@ def slerp(
     seed: int | None = None,
     t: float | Sequence[float],
     flatten: bool | Sequence[bool] = True,
+) -> LazyMerge: ...
+def sparse_upcycle(
+    first: Operand | Sequence[Operand] | None = None,
+    models: Sequence[Operand] | None = None,
+    *,
+    base: Operand | None = None,
+    seed: int | None = None,
+    num_experts: int | None = None,
+    experts_per_token: int = 2,
+    architecture: str | None = None,
+    router: str = "random",
+    router_scale: float | Sequence[float | None] | None = None,
+    sparse_layers: int | str | Sequence[int] | None = None,
+    non_experts: str = "base",
+    shared_expert: str = "zero",
+    noise_scale: float | Sequence[float] = 0.0,
+    residual_scale: float | Sequence[float] = 1.0,
 ) -> LazyMerge: ...
 def task_arithmetic(
     first: Operand | Sequence[Operand] | None = None,
