@@ -94,6 +94,11 @@ def _module(maker: Assembler, result: Assembly, module: Module, keys: Sequence[s
         problem = f"module {module.name!r} has no layers to slice"
         maker.findings.problem(PlanError(problem, where=str(module.mark)))
         return []
+    if any(one.stack.prefix == stack.prefix for one in result.sliced):
+        problem = f"two modules slice {stack.prefix or 'the numbered layers'}"
+        hint = "write one module with the slices of both"
+        maker.findings.problem(PlanError(problem, where=str(module.mark), hint=hint))
+        return []
     return Slicer(maker, stack, keep).fill(result, module.slices, levels)
 
 

@@ -1,0 +1,199 @@
+"""Several stacks in one model: each is built, the config follows each, transformers agrees."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import ModuleList
+
+from merge_kit.api import merge, plan
+from merge_kit.architecture.several_stacks import stacked_configs
+from merge_kit.architecture.stacks import Stack
+from merge_kit.errors import PlanError
+from merge_kit.plan.describe_steps import layer_lines
+from tests import models
+from tests.models import load, logits
+from tests.toys import toy
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Let torch use one thread, which is the fastest for models as small as these."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    return tmp_path_factory.mktemp("saved")
+
+
+def slices(*parts: tuple[Path, list[int]]) -> dict[str, Any]:
+    return {"slices": [{"sources": [{"model": str(m), "layers": found}]} for m, found in parts]}
+
+
+def module(model: Any, path: str) -> Any:
+    for part in path.split("."):
+        model = getattr(model, part)
+    return model
+
+
+CASES = [
+    (
+        "whisper",
+        {"encoder": "model.encoder.layers", "decoder": "model.decoder.layers"},
+        {"encoder": [[0], [1, 2], [1]], "decoder": [[1], [0, 1]]},
+        {"encoder_layers": 4, "decoder_layers": 3},
+        ["model.encoder.layer_norm", "model.decoder.layer_norm"],
+    ),
+    (
+        "t5",
+        {"encoder": "encoder.block", "decoder": "decoder.block"},
+        {"encoder": [[0], [2]], "decoder": [[0], [1, 2], [1, 2]]},
+        {"num_layers": 2, "num_decoder_layers": 5},
+        ["encoder.final_layer_norm", "decoder.final_layer_norm"],
+    ),
+    (
+        "llava",
+        {
+            "text_decoder": "model.language_model.layers",
+            "vision_tower": "model.vision_tower.encoder.layers",
+        },
+        {"text_decoder": [[0], [1, 2], [1, 2, 3]], "vision_tower": [[2], [0]]},
+        {"text_config.num_hidden_layers": 6, "vision_config.num_hidden_layers": 2},
+        ["model.language_model.norm", "lm_head", "model.vision_tower.post_layernorm"],
+    ),
+]
+"""Kind; module -> its path in a loaded model; module -> runs of layers, the first of one model and
+the others of another; config.json; what stands after the layers."""
+
+
+@pytest.mark.parametrize(("kind", "paths", "layers", "settings", "after"), CASES)
+@pytest.mark.parametrize("backwards", [False, True], ids=["", "backwards"])
+def test_both_stacks_are_built_and_compute_what_their_layers_compute(
+    kind, paths, layers, settings, after, backwards, saved, tmp_path
+):
+    a, b = models.pair(kind, saved)
+    # the first layer stays the first model's, where T5 keeps its table of positions
+    parts = {
+        name: slices(*((b if i else a, run) for i, run in enumerate(runs)))
+        for name, runs in layers.items()
+    }
+    if backwards:
+        parts = dict(reversed(parts.items()))
+    recipe = {"merge_method": "passthrough", "base_model": str(a), "modules": parts}
+    done = merge(recipe, tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    for key, wanted in settings.items():
+        held: Any = config
+        for part in key.split("."):
+            held = held.get(part)
+        assert held == wanted, key
+    found = load(kind, tmp_path / "out")
+    one, other = load(kind, a), load(kind, b)
+    for name, path in paths.items():
+        places = [(other if i else one, k) for i, run in enumerate(layers[name]) for k in run]
+        made = module(found, path)
+        assert len(made) == len(places)
+        for i, (model, k) in enumerate(places):
+            source = dict(module(model, path)[k].state_dict())
+            for tensor, weight in made[i].state_dict().items():
+                if "relative_attention_bias" not in tensor:
+                    assert torch.equal(weight, source[tensor]), (name, i, tensor)
+        blocks = [module(model, path)[k] for model, k in places]
+        setattr(module(one, path.rpartition(".")[0]), path.rpartition(".")[2], ModuleList(blocks))
+    for path in after:
+        module(one, path).load_state_dict(module(other, path).state_dict())
+    with torch.inference_mode():
+        answers = logits(kind, found, use_cache=False)
+        assert torch.isfinite(answers).all()
+        if kind != "llava":  # which looks at layers by hooks that modules of another model lack
+            assert torch.equal(answers, logits(kind, one, use_cache=False))
+    for path in after:
+        weights, wanted = module(found, path).state_dict(), module(other, path).state_dict()
+        assert all(torch.equal(weights[tensor], wanted[tensor]) for tensor in wanted)
+    ends = [path.rpartition(".")[2] for path in paths.values()]
+    stacks = dict.fromkeys(line.split(" ", 1)[0] for line in layer_lines(done.plan))
+    assert sorted(name.rpartition(".")[2] for name in stacks) == sorted(ends)
+
+
+def text(**keys: Any) -> str:
+    return json.dumps({"model_type": "invented", **keys})
+
+
+def stack(prefix: str, count: int) -> Stack:
+    return Stack(prefix, count, tuple(range(count)))
+
+
+ENCODER, DECODER = stack("encoder.block", 3), stack("decoder.block", 3)
+
+
+@pytest.mark.parametrize("backwards", [False, True])
+@pytest.mark.parametrize(
+    ("held", "found"),
+    [
+        ({"num_layers": 3}, {"num_layers": 2, "num_decoder_layers": 4}),
+        (
+            {"num_layers": 3, "num_decoder_layers": 3},
+            {"num_layers": 2, "num_decoder_layers": 4},
+        ),
+    ],
+)
+def test_a_count_of_both_sides_becomes_one_for_each(held, found, backwards):
+    config = text(is_encoder_decoder=True, **held)
+    built = [
+        (ENCODER, [(config, i) for i in (0, 1)]),
+        (DECODER, [(config, i) for i in (0, 1, 1, 2)]),
+    ]
+    after = stacked_configs(config, built[:: -1 if backwards else 1], (ENCODER, DECODER))
+    assert json.loads(after) == json.loads(config) | found
+
+
+def test_the_decoders_own_count_stays_where_the_encoder_is_sliced():
+    config = text(is_encoder_decoder=True, num_layers=3, num_decoder_layers=5)
+    decoder = stack("decoder.block", 5)
+    after = stacked_configs(config, [(ENCODER, [(config, 0)])], (ENCODER, decoder))
+    assert json.loads(after) == json.loads(config) | {"num_layers": 1}
+
+
+PARALLEL = (stack("transformer.attentions", 3), stack("transformer.ffns", 3))
+
+
+def test_a_count_of_two_stacks_is_refused_where_only_one_of_them_changes():
+    config = text(n_layers=3)
+    with pytest.raises(PlanError, match=r"n_layers describes .*attentions and .*ffns"):
+        stacked_configs(config, [(PARALLEL[0], [(config, 0)])], PARALLEL)
+    built = [(PARALLEL[0], [(config, 0)]), (PARALLEL[1], [(config, 0), (config, 1)])]
+    with pytest.raises(PlanError, match=r"n_layers describes .*attentions and .*ffns"):
+        stacked_configs(config, built, PARALLEL)
+
+
+def test_a_count_of_two_stacks_follows_both():
+    config = text(n_layers=3, intermediate_size=[4, 5, 6])
+    built = [(one, [(config, 2), (config, 0)]) for one in PARALLEL]
+    after = json.loads(stacked_configs(config, built, PARALLEL))
+    assert (after["n_layers"], after["intermediate_size"]) == (2, [6, 4])
+
+
+def test_lists_that_two_stacks_would_order_differently_are_refused():
+    config = text(n_layers=3, intermediate_size=[4, 5, 6])
+    built = [
+        (PARALLEL[0], [(config, 2), (config, 0)]),
+        (PARALLEL[1], [(config, 0), (config, 2)]),
+    ]
+    with pytest.raises(PlanError, match="intermediate_size describes"):
+        stacked_configs(config, built, PARALLEL)
+
+
+def test_two_modules_that_slice_one_stack_are_refused(tmp_path):
+    folder = toy(tmp_path / "a", layers=3)
+    parts = {"model.layers.0": slices((folder, [0])), "model": slices((folder, [1]))}
+    recipe = {"merge_method": "passthrough", "modules": parts}
+    with pytest.raises(PlanError, match=r"two modules slice model\.layers"):
+        plan(recipe)
