@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from merge_kit.engine.basis import embedding_basis, given_basis
+from merge_kit.engine.found import read_found, write_found
 from merge_kit.engine.journal import FOLDER
 from merge_kit.engine.matching import match_experts
 from merge_kit.engine.operands import Operands
@@ -52,31 +50,17 @@ def find_artefacts(run: RunState, stop: threading.Event) -> None:
         if stop.is_set():
             raise InterruptedRun(2, hint="run the same command again to go on from here")
         path = run.folder / FOLDER / f"found-{artefact.key}.safetensors"
-        known = _read(path)
+        known = read_found(path)
         if known is None:
             operands = prepared(run, stop)
             try:
                 known = find(artefact.task, operands, stop)
             finally:
                 operands.close()
-            _write(path, known)
+            write_found(path, known)
         run.found[artefact.key] = known
 
 
 def find(task: Any, operands: Operands, stop: threading.Event) -> dict[str, Tensor]:
     """Return the tensors that a task asks for, by name."""
     return dict(FINDERS[type(task)](task, operands, stop))
-
-
-def _read(path: Path) -> Mapping[str, Tensor] | None:
-    """Return what an earlier run found, None if it did not come so far."""
-    try:
-        return load_file(path)
-    except (FileNotFoundError, SafetensorError):
-        return None
-
-
-def _write(path: Path, found: dict[str, Tensor]) -> None:
-    partial = path.with_suffix(".partial")
-    save_file({name: tensor.contiguous() for name, tensor in found.items()}, partial)
-    partial.rename(path)

@@ -61,7 +61,7 @@ def find_embedded(
         total = torch.zeros(question.embedding.shape[1], dtype=torch.float64)
         for text in texts:
             total += embedded.of(tokens[text]).double().sum(dim=0)
-        return total / total.norm().clamp(min=1e-8)
+        return total.div(total.norm().clamp(min=1e-8))
 
     return _routers(question, summed, None)
 
@@ -83,7 +83,7 @@ def find_hidden(
         total = torch.zeros(vectors.shape[1], dtype=torch.float64)
         for text in some:
             total += vectors[places[text]]
-        return total / max(1, len(some))
+        return total.div(max(1, len(some)))
 
     def use(layer: int, prompt: int, entering: Tensor) -> None:
         wide = entering.double()
