@@ -182,7 +182,7 @@ def once_bytes(source: Source) -> int:
         case View() if isinstance(source.source, Stored):
             return nbytes(source.dtype, elements(source))
         case Chosen():
-            return max(once_bytes(one) for one in source.sources)
+            return max(once_bytes(one) for one in parts(source))
         case Merged():
             return sum(once_bytes(one) for one in operands(source.step))
     total = sum(once_bytes(part) for part in parts(source))

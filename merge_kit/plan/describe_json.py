@@ -10,7 +10,7 @@ from typing import Any
 from merge_kit.methods.base import MergeMethod
 from merge_kit.plan.describe import merged_by_method
 from merge_kit.plan.describe_steps import arguments, file_keys
-from merge_kit.plan.sources import SOURCES
+from merge_kit.plan.sources import SOURCES, Chosen
 from merge_kit.plan.values import Plan, PlanInput, Shard
 
 
@@ -77,6 +77,9 @@ def _value(value: Any, files: Mapping[Path, str]) -> Any:
         return {str(key): _value(item, files) for key, item in value.items()}
     if isinstance(value, tuple | list):
         return [_value(item, files) for item in value]
+    if isinstance(value, Chosen) and value.plain:  # of many experts: the first stands for all
+        of = {"kind": "Chosen", "of": len(value.sources), "first": _value(value.sources[0], files)}
+        return of | {"key": value.key, "name": value.name, "place": value.place}
     if is_dataclass(value):
         kind = {"kind": type(value).__name__} if isinstance(value, SOURCES) else {}
         return kind | {f.name: _value(getattr(value, f.name), files) for f in fields(value)}

@@ -267,12 +267,15 @@ class Chosen:
         key: Of the artefact.
         name: Of a vector of whole numbers in it.
         place: Where the vector holds the number of the source.
+        plain: Whether all sources are runs of bytes of files, so that one tells what reading any
+            of them takes: a plan may hold as many choices as there are experts, each among all.
     """
 
     sources: tuple[Source, ...]
     key: str
     name: str
     place: int
+    plain: bool = False
 
     @property
     def dtype(self) -> str:

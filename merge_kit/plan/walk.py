@@ -46,12 +46,16 @@ def is_whole_aux(step: Step, source: Source) -> bool:
 
 
 def parts(source: Source) -> list[Source]:
-    """Return the sources that a source is made of; a step that feeds it is not looked into."""
+    """Return the sources that a source is made of; a step that feeds it is not looked into.
+
+    Of runs of files that one is chosen of, the first stands for all.
+    """
     match source:
         case Rows() | View() | Permuted() | Transposed():
             return [source.source]
         case Concat() | Columns() | Chosen():
-            return list(source.sources)
+            one = isinstance(source, Chosen) and source.plain
+            return list(source.sources[:1] if one else source.sources)
         case Sum():
             return [part for _, part in source.terms]
         case Normed():
@@ -118,7 +122,7 @@ def stored(source: Source) -> Iterator[Stored]:
     """Yield every run of file bytes below a source, through feeding steps too."""
     if isinstance(source, Stored):
         yield source
-    for part in parts(source):
+    for part in source.sources if isinstance(source, Chosen) else parts(source):
         yield from stored(part)
     if isinstance(source, Merged):
         for operand in operands(source.step):

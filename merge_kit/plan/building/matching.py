@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from math import prod
 
 from merge_kit.architecture.expert_groups import ExpertGroup, Piece
@@ -19,7 +18,7 @@ from merge_kit.plan.building.one_model import whole_model
 from merge_kit.plan.building.pieces import copied, made_of, part_of
 from merge_kit.plan.configs import result_parts
 from merge_kit.plan.models import Model
-from merge_kit.plan.sources import Chosen, Concat, Source, View
+from merge_kit.plan.sources import Chosen, Concat, Source, Stored, View
 from merge_kit.plan.steps import Made
 from merge_kit.plan.values import Artefact
 from merge_kit.recipe.values import ModelRef
@@ -33,7 +32,7 @@ def build(site: Site, method: StructureMethod) -> Built:
     by_path = {group.path: group for group in others}
     _same_groups(model, reference, groups, by_path)
     artefacts: list[Artefact] = []
-    owner: dict[str, _Order] = {}
+    ordered: dict[str, Source] = {}
     for i, group in enumerate(groups):
         other = by_path[group.path]
         _same_parts(model, reference, group, other)
@@ -43,9 +42,8 @@ def build(site: Site, method: StructureMethod) -> Built:
         parts = _router(*both) if method.by == "router" else _weights(*both)
         task = ExpertMatching(group.path, group.count, parts)
         artefacts.append(matching(key, task, first=not artefacts))
-        order = _Order(key, model, group)
-        owner |= dict.fromkeys((*group.tensors, *group.rows), order)
-    made = tuple(_tensors(site, ref, model, owner))
+        ordered |= dict(_ordered(model, group, key))
+    made = tuple(_tensors(site, ref, model, ordered))
     assembly = Assembly(site.stage, model, reference, left_out=_left_out(reference, others))
     assembly.items = [one.item for one in made]
     counts = sorted({group.count for group in groups})
@@ -71,60 +69,43 @@ def _models(site: Site) -> tuple[ModelRef, Model, Model]:
     return refs[0], whole_model(site, refs[0]), whole_model(site, base)
 
 
-@dataclass(frozen=True, slots=True)
-class _Order:
-    """The tensors of a group in an order that is found before the run."""
-
-    key: str
-    model: Model
-    group: ExpertGroup
-
-    def source(self, name: str) -> Source:
-        """Return what becomes of one of its tensors."""
-        if self.group.layout == "split" and name not in self.group.rows:
-            part, place = self._place(name)
-            return self._chosen(tuple(_source(self.model, piece) for piece in part), place)
-        held = self.model.tensors[name]
+def _ordered(model: Model, group: ExpertGroup, key: str) -> Iterator[tuple[str, Source]]:
+    """Yield the tensors of a group, by name, in an order that is found before the run."""
+    apart = list(group.parts.values()) if group.layout == "split" else []
+    for pieces in apart:
+        sources = tuple(model.tensors[piece.tensor].source for piece in pieces)
+        chosen = _chosen(sources, key)
+        yield from ((piece.tensor, one) for piece, one in zip(pieces, chosen, strict=True))
+    for name in (*(group.tensors if group.layout == "fused" else ()), *group.rows):
+        held = model.tensors[name]
         shape = (1, *held.spec.shape[1:])
-        size, count = prod(shape), self.group.count
-        rows = tuple(View(held.source, i * size, shape) for i in range(count))
-        return Concat(tuple(self._chosen(rows, place) for place in range(count)))
+        size = prod(shape)
+        rows = tuple(View(held.source, i * size, shape) for i in range(group.count))
+        yield name, Concat(_chosen(rows, key))
 
-    def _chosen(self, sources: tuple[Source, ...], place: int) -> Source:
-        return Chosen(sources, self.key, ORDER, place)
 
-    def _place(self, name: str) -> tuple[Sequence[Piece], int]:
-        """Return the pieces of the part that a tensor is of, and the number of its expert."""
-        suffix = name.removeprefix(f"{self.group.path}.")
-        number, _, part = suffix.partition(".")
-        return self.group.parts[part], int(number)
+def _chosen(sources: tuple[Source, ...], key: str) -> tuple[Source, ...]:
+    """Return sources in the order that is found."""
+    inner = (source.source if isinstance(source, View) else source for source in sources)
+    plain = all(isinstance(source, Stored) for source in inner)
+    return tuple(Chosen(sources, key, ORDER, place, plain) for place in range(len(sources)))
 
 
 def _tensors(
-    site: Site, ref: ModelRef, model: Model, owner: Mapping[str, _Order]
+    site: Site, ref: ModelRef, model: Model, ordered: Mapping[str, Source]
 ) -> Iterator[Made]:
     for name, held in model.tensors.items():
-        part, order = part_of(model, name, ref), owner.get(name)
-        if order is None:
+        part, source = part_of(model, name, ref), ordered.get(name)
+        if source is None:
             yield copied(site, name, part, component=held.component)
             continue
-        yield made_of(
-            site,
-            name,
-            order.source(name),
-            held.spec.dtype,
-            (part,),
-            component=held.component,
-            note=f"in the order of {order.key}",
-        )
-
-
-def _source(model: Model, piece: Piece) -> Source:
-    return model.tensors[piece.tensor].source
+        note = "in the order that fits base_model"
+        dtype, parts = held.spec.dtype, (part,)
+        yield made_of(site, name, source, dtype, parts, component=held.component, note=note)
 
 
 def _slot(model: Model, piece: Piece) -> Slot:
-    return Slot(_source(model, piece), piece.start)
+    return Slot(model.tensors[piece.tensor].source, piece.start)
 
 
 Side = tuple[Model, ExpertGroup]
