@@ -357,3 +357,9 @@ def test_old_buffers_are_dropped_by_name(tmp_path):
     assert buffer not in dense_models.tensors(tmp_path / "out")
     fate = next(f for f in done.plan.fates if f.tensor == buffer)
     assert (fate.what, fate.why) == ("dropped", "every program computes it anew")
+
+
+def test_another_vocabulary_is_noted_where_only_mlps_are_taken(folders, tmp_path):
+    other = dense_models.saved(tmp_path / "other", "llama", 1, vocab_size=50)
+    notes = plan(recipe(folders, {"model": str(other)}, "two")).notes
+    assert any("[50, 32]" in note and "only its MLPs are taken" in note for note in notes)

@@ -140,9 +140,24 @@ def _notes(site: Site, cast: Cast) -> Iterator[str]:
     if method.shared_expert == "copy" and not own:
         what = "shared_experts are given" if cast.shared is not None else "there is no such expert"
         yield f"shared_expert has no effect: {what}"
+    yield from _other_sizes(cast)
     if cast.base.model.config is None:
         yield (
             f"{cast.base.model.label} has no config.json, and the result gets none: it needs one "
             f"with model_type {layout.model_type}, {layout.count_key} {count} and "
             f"num_experts_per_tok {top_k}"
         )
+
+
+def _other_sizes(cast: Cast) -> Iterator[str]:
+    """Yield which models have another vocabulary, say, of which nothing is taken."""
+    loose = [n for n in cast.base.model.specs if split_layer(n, cast.base.stack) is None]
+    for dense in cast.models if cast.method.non_experts == "base" else ():
+        specs = dense.model.specs
+        odd = [n for n in loose if n in specs and specs[n].shape != cast.base.model.specs[n].shape]
+        if odd:
+            yield (
+                f"{dense.model.label} has {odd[0]} of shape {list(specs[odd[0]].shape)}, and "
+                f"{cast.base.model.label} {list(cast.base.model.specs[odd[0]].shape)}: only its "
+                "MLPs are taken, and the vocabulary is the base's"
+            )

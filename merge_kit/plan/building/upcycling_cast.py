@@ -208,17 +208,10 @@ def _chosen(site: Site, method: SparseUpcycle, listed: int) -> list[int]:
 def _shared_entries(site: Site, layout: Layout) -> Sequence[Entry]:
     """Return the entry of the shared expert, if the recipe has one and the layout can hold it."""
     given = site.stage.shared_experts
-    if not given:
-        return ()
-    problem = ""
-    if not layout.shared:
+    if given and not layout.shared:
         problem = f"a {layout.model_type} has no expert that every token passes"
         hint = "leave shared_experts out; qwen2_moe has one"
-    elif len(given) > 1:
-        problem = f"shared_experts has {len(given)} models, and a {layout.model_type} has one"
-        hint = "list one of them, or merge them first in a document with a name"
-    if problem:
-        site.findings.problem(PlanError(problem, where=str(given[-1].mark), hint=hint))
+        site.findings.problem(PlanError(problem, where=str(given[0].mark), hint=hint))
         return ()
     return given
 
