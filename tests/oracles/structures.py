@@ -40,10 +40,10 @@ Layers = list[list[Part]]
 """For each output layer, what it is made of."""
 
 
-def dropped(lower: int, upper: int, overlap: int) -> Layers:
-    """SOLAR: all but the last `overlap` layers of one copy, all but the first of the other."""
-    first = [[Part(0, i)] for i in range(lower - overlap)]
-    return first + [[Part(1, i)] for i in range(overlap, upper)]
+def dropped(lower: int, upper: int, last: int, first: int) -> Layers:
+    """SOLAR: all but the last so many layers of one copy, all but the first ones of the other."""
+    below = [[Part(0, i)] for i in range(lower - last)]
+    return below + [[Part(1, i)] for i in range(first, upper)]
 
 
 def pairwise(lower: int, upper: int, overlap: int, shares: Sequence[float]) -> Layers:

@@ -9,10 +9,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import deepened
 import families
 import pytest
 import torch
-from families import FAMILIES, WINDOW, Family, Layer
+from deepened import Layer
+from families import FAMILIES, WINDOW, Family
 from safetensors.torch import save_file
 
 from merge_kit.api import merge
@@ -25,32 +27,7 @@ NEW = WINDOW + 8
 """Tokens generated after a prompt that is shorter than the window."""
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Let torch use one thread, which is the fastest for models as small as these."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    """Save two models of a family, once, and return their folders and the models as loaded."""
-    made: dict[str, tuple[dict[str, Path], dict[str, Any]]] = {}
-
-    def of(kind: str):
-        if kind not in made:
-            root, family = tmp_path_factory.mktemp(kind), FAMILIES[kind]
-            for seed, name in enumerate("ab"):
-                families.build(family, name, seed).save_pretrained(
-                    root / name, max_shard_size=models.SHARD_BYTES
-                )
-            folders = {name: root / name for name in "ab"}
-            made[kind] = folders, {n: families.load(family, f) for n, f in folders.items()}
-        return made[kind]
-
-    return of
+pytestmark = pytest.mark.usefixtures("single_thread")
 
 
 def deep(family: Family) -> Slices:
@@ -80,61 +57,59 @@ def assert_same_function(family: Family, made: Any, by_hand: Any) -> None:
     Both compute the same products in the same order, so one pass gives the same bits. A cache
     changes the shapes of the products: float32 sums of 32 terms then differ by a few 1e-6.
     """
-    ids = families.tokens(WINDOW + 10)
-    whole = families.forward(family, made, ids)
-    assert torch.equal(whole, families.forward(family, by_hand, ids))
-    stepped = families.step_by_step(family, made, ids)
+    ids = deepened.tokens(WINDOW + 10)
+    whole = deepened.forward(family, made, ids)
+    assert torch.equal(whole, deepened.forward(family, by_hand, ids))
+    stepped = deepened.step_by_step(family, made, ids)
     torch.testing.assert_close(stepped, whole, rtol=1e-4, atol=1e-4)
-    for prompt in (families.tokens(WINDOW - 1), families.tokens(WINDOW + 3)):
-        cached = families.generated(family, made, prompt, NEW, cache=True)
-        assert torch.equal(cached, families.generated(family, made, prompt, NEW, cache=False))
-        assert torch.equal(cached, families.generated(family, by_hand, prompt, NEW, cache=True))
+    for prompt in (deepened.tokens(WINDOW - 1), deepened.tokens(WINDOW + 3)):
+        cached = deepened.generated(family, made, prompt, NEW, cache=True)
+        assert torch.equal(cached, deepened.generated(family, made, prompt, NEW, cache=False))
+        assert torch.equal(cached, deepened.generated(family, by_hand, prompt, NEW, cache=True))
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
-def test_a_stack_of_two_models_of_different_depth_computes_what_its_layers_do(
-    kind, saved, tmp_path
-):
-    family, (folders, sources) = FAMILIES[kind], saved(kind)
+def test_a_stack_of_two_models_of_different_depth_computes_what_its_layers_do(kind, pair, tmp_path):
+    family, (folders, sources) = FAMILIES[kind], pair(kind)
     slices = deep(family)
     merge(recipe_of(family, folders, slices), tmp_path / "out", shard_size=models.SHARD_BYTES)
-    made = families.load(family, tmp_path / "out")
+    made = deepened.load(family, tmp_path / "out")
     assert len(made.get_submodule(family.layers)) == len(layers_of(slices))
-    assert_same_function(family, made, families.deeper(family, sources, layers_of(slices)))
+    assert_same_function(family, made, deepened.deeper(family, sources, layers_of(slices)))
 
 
 @pytest.mark.parametrize("kind", [kind for kind in FAMILIES if not FAMILIES[kind].module])
-def test_a_stack_that_begins_and_ends_with_inner_layers_is_shallower(kind, saved, tmp_path):
-    family, (folders, sources) = FAMILIES[kind], saved(kind)
+def test_a_stack_that_begins_and_ends_with_inner_layers_is_shallower(kind, pair, tmp_path):
+    family, (folders, sources) = FAMILIES[kind], pair(kind)
     slices = [("b", 2, 4), ("a", 1, 2)]
     merge(recipe_of(family, folders, slices), tmp_path / "out")
-    made = families.load(family, tmp_path / "out")
-    assert_same_function(family, made, families.deeper(family, sources, layers_of(slices)))
+    made = deepened.load(family, tmp_path / "out")
+    assert_same_function(family, made, deepened.deeper(family, sources, layers_of(slices)))
 
 
 TYPED = [kind for kind, family in FAMILIES.items() if family.types]
 
 
 @pytest.mark.parametrize("kind", TYPED)
-def test_the_types_of_the_layers_are_felt(kind, saved):
+def test_the_types_of_the_layers_are_felt(kind, pair):
     """Without this the tests above could not see a layer that got another's window."""
-    family, (_, sources) = FAMILIES[kind], saved(kind)
+    family, (_, sources) = FAMILIES[kind], pair(kind)
     order = layers_of(deep(family))
-    ids = families.tokens(WINDOW + 10)
-    own = families.forward(family, families.deeper(family, sources, order), ids)
+    ids = deepened.tokens(WINDOW + 10)
+    own = deepened.forward(family, deepened.deeper(family, sources, order), ids)
     for kinds in ("full_attention", "sliding_attention"):
-        other = families.deeper(family, sources, order, types=[kinds] * len(order))
-        assert not torch.allclose(families.forward(family, other, ids), own, atol=1e-3)
+        other = deepened.deeper(family, sources, order, types=[kinds] * len(order))
+        assert not torch.allclose(deepened.forward(family, other, ids), own, atol=1e-3)
 
 
-def test_a_stacked_gemma_3_sees_its_pictures(saved, tmp_path):
-    family, (folders, sources) = FAMILIES["gemma3"], saved("gemma3")
+def test_a_stacked_gemma_3_sees_its_pictures(pair, tmp_path):
+    family, (folders, sources) = FAMILIES["gemma3"], pair("gemma3")
     slices = deep(family)
     merge(recipe_of(family, folders, slices), tmp_path / "out")
-    made = families.load(family, tmp_path / "out")
-    by_hand = families.deeper(family, sources, layers_of(slices))
+    made = deepened.load(family, tmp_path / "out")
+    by_hand = deepened.deeper(family, sources, layers_of(slices))
     images = torch.full((2, 4), families.IMAGE)
-    ids = torch.cat([images, families.tokens(9)], dim=1)
+    ids = torch.cat([images, deepened.tokens(9)], dim=1)
     picture = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(3))
     seen = {
         "input_ids": ids,
@@ -202,30 +177,30 @@ BROKEN: dict[str, tuple[Slices, str]] = {
     ("kind", "slices"), [*KEPT.items(), *MOVED.items()], ids=[*KEPT, *(f"{k}-moved" for k in MOVED)]
 )
 def test_a_published_config_describes_a_stack_where_a_period_or_threshold_can(
-    kind, slices, saved, tmp_path
+    kind, slices, pair, tmp_path
 ):
-    family, (folders, sources) = FAMILIES[kind], saved(kind)
+    family, (folders, sources) = FAMILIES[kind], pair(kind)
     inputs = published(kind, folders, tmp_path)
     for name in "ab":
-        types = families.text_of(families.load(family, inputs[name]).config).layer_types
-        assert types == families.text_of(sources[name].config).layer_types
+        types = deepened.text_of(deepened.load(family, inputs[name]).config).layer_types
+        assert types == deepened.text_of(sources[name].config).layer_types
     merge(recipe_of(family, inputs, slices), tmp_path / "out")
-    made = families.load(family, tmp_path / "out")
-    assert_same_function(family, made, families.deeper(family, sources, layers_of(slices)))
+    made = deepened.load(family, tmp_path / "out")
+    assert_same_function(family, made, deepened.deeper(family, sources, layers_of(slices)))
 
 
 @pytest.mark.parametrize("kind", BROKEN)
-def test_a_stack_that_breaks_a_period_is_refused_by_the_name_of_its_key(kind, saved, tmp_path):
+def test_a_stack_that_breaks_a_period_is_refused_by_the_name_of_its_key(kind, pair, tmp_path):
     slices, key = BROKEN[kind]
-    inputs = published(kind, saved(kind)[0], tmp_path)
+    inputs = published(kind, pair(kind)[0], tmp_path)
     with pytest.raises(PlanError, match=key) as caught:
         merge(recipe_of(FAMILIES[kind], inputs, slices), tmp_path / "out")
     assert re.search(r"layer \d", str(caught.value))
     assert not (tmp_path / "out").exists()
 
 
-def test_a_key_that_numbers_layers_for_their_arithmetic_is_refused_by_its_name(saved, tmp_path):
-    folders = saved("gpt2")[0]
+def test_a_key_that_numbers_layers_for_their_arithmetic_is_refused_by_its_name(pair, tmp_path):
+    folders = pair("gpt2")[0]
     folder = shutil.copytree(folders["a"], tmp_path / "a")
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     config["scale_attn_by_inverse_layer_idx"] = True
@@ -245,19 +220,19 @@ def test_a_model_with_experts_in_every_other_layer_keeps_them_there_or_is_refuse
     folders = {"a": tmp_path / "a"}
     good, bad = [("a", 0, 4), ("a", 2, 4)], [("a", 0, 3), ("a", 2, 4)]
     merge(recipe_of(family, folders, good), tmp_path / "out")
-    made = families.load(family, tmp_path / "out")
+    made = deepened.load(family, tmp_path / "out")
     sparse = [hasattr(layer.mlp, "experts") for layer in made.model.layers]
     assert sparse == [False, True] * 3
     with pytest.raises(PlanError, match="decoder_sparse_step"):
         merge(recipe_of(family, folders, bad), tmp_path / "other")
 
 
-def test_the_first_block_of_a_t5_decoder_keeps_the_only_table_of_distances(saved, tmp_path):
+def test_the_first_block_of_a_t5_decoder_keeps_the_only_table_of_distances(pair, tmp_path):
     """transformers looks for the table in block 0, wherever the block that had it went."""
-    family, (folders, sources) = FAMILIES["t5"], saved("t5")
+    family, (folders, sources) = FAMILIES["t5"], pair("t5")
     slices = [("a", 1, 3), ("a", 0, 4)]
     merge(recipe_of(family, folders, slices), tmp_path / "out")
-    made = families.load(family, tmp_path / "out")
+    made = deepened.load(family, tmp_path / "out")
     attention = made.decoder.block[0].layer[0].SelfAttention
     table = sources["a"].decoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight
     assert torch.equal(attention.relative_attention_bias.weight, table)
@@ -265,25 +240,25 @@ def test_the_first_block_of_a_t5_decoder_keeps_the_only_table_of_distances(saved
     assert torch.equal(attention.q.weight, query)
 
 
-def test_a_window_that_is_switched_off_binds_no_layer(saved, tmp_path):
+def test_a_window_that_is_switched_off_binds_no_layer(pair, tmp_path):
     """Published Qwen2 models name a window and a threshold, and use neither."""
-    folders = saved("qwen2")[0]
+    folders = pair("qwen2")[0]
     family, inputs = FAMILIES["qwen2"], published("qwen2", folders, tmp_path)
     for folder in inputs.values():
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         config |= {"use_sliding_window": False, "max_window_layers": 2}
         (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    sources = {name: families.load(family, folder) for name, folder in inputs.items()}
+    sources = {name: deepened.load(family, folder) for name, folder in inputs.items()}
     slices, _ = BROKEN["qwen2"]
     merge(recipe_of(family, inputs, slices), tmp_path / "out")
-    made = families.load(family, tmp_path / "out")
+    made = deepened.load(family, tmp_path / "out")
     order = layers_of(slices)
-    by_hand = families.deeper(family, sources, order, types=["full_attention"] * len(order))
+    by_hand = deepened.deeper(family, sources, order, types=["full_attention"] * len(order))
     assert_same_function(family, made, by_hand)
 
 
-def test_names_and_masks_of_the_first_gpt2_files_follow_their_layers(saved, tmp_path):
-    folders, sources = saved("gpt2")
+def test_names_and_masks_of_the_first_gpt2_files_follow_their_layers(pair, tmp_path):
+    folders, sources = pair("gpt2")
     family, inputs = FAMILIES["gpt2"], {}
     for name, folder in folders.items():
         inputs[name] = shutil.copytree(folder, tmp_path / name)
@@ -298,5 +273,5 @@ def test_names_and_masks_of_the_first_gpt2_files_follow_their_layers(saved, tmp_
     depth = len(layers_of(slices))
     masks = [n for n in models.stored(tmp_path / "out") if n.endswith(".attn.bias")]
     assert sorted(masks) == sorted(f"h.{i}.attn.bias" for i in range(depth))
-    made = families.load(family, tmp_path / "out")
-    assert_same_function(family, made, families.deeper(family, sources, layers_of(slices)))
+    made = deepened.load(family, tmp_path / "out")
+    assert_same_function(family, made, deepened.deeper(family, sources, layers_of(slices)))
