@@ -24,7 +24,8 @@ for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
     os.environ.pop(name, None)
 
 # Compared with another tool only where its environment is named: see there.
-collect_ignore = [] if os.environ.get("MERGE_KIT_PEER") else ["test_against_peer.py"]
+OF_PEERS = ["test_against_peer.py", "structures/test_moe_against_peer.py"]
+collect_ignore = [] if os.environ.get("MERGE_KIT_PEER") else OF_PEERS
 
 # Deadlines fail on a busy machine; the same examples every time keep a failure repeatable.
 hypothesis.settings.register_profile("quick", deadline=None, derandomize=True, max_examples=50)

@@ -15,13 +15,21 @@ from click.testing import CliRunner
 from mergekit.config import MergeConfiguration
 from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
+from mergekit.scripts.moe import main as moe
 from mergekit.scripts.multimerge import main as multimerge
 
 FLAGS = ["--allow-crimes", "--no-write-model-card", "--no-lazy", "--no-copy-tokenizer"]
 
 
 def run(text: str, out: Path) -> None:
-    """Run one recipe, of one document or of several."""
+    """Run one recipe, of one document or of several, or of experts."""
+    if "experts" in yaml.safe_load(text.partition("\n---\n")[0]):
+        recipe = out.with_suffix(".yml")
+        recipe.write_text(text)
+        outcome = CliRunner().invoke(moe, [str(recipe), str(out), "--no-write-model-card"])
+        if outcome.exit_code:
+            raise RuntimeError(f"exit code {outcome.exit_code}") from outcome.exception
+        return
     if "\n---\n" not in text:
         options = MergeOptions(
             allow_crimes=True, write_model_card=False, copy_tokenizer=False, quiet=True
