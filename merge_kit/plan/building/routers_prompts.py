@@ -63,7 +63,7 @@ def _missing(site: Site, router: str, sets: Sequence[PromptSet]) -> Iterator[Pla
 
 
 def _alike(site: Site, sets: Sequence[PromptSet]) -> Iterator[PlanError]:
-    if len(sets) > 1 and sets[0].positive and len({one.texts for one in sets}) == 1:
+    if len(sets) > 1 and sets[0].positive and len({(s.positive, s.negative) for s in sets}) == 1:
         yield PlanError(
             "all experts have the same prompts, and a router of them could not tell them apart",
             where=str(_mark(site)),
