@@ -45,14 +45,15 @@ SMALL: dict[str, Any] = {
     "eos_token_id": 2,
 }
 MIXED = ["sliding_attention", "full_attention"] * (LAYERS // 2)
-CONFIGS = {
-    "llama": lambda: transformers.LlamaConfig(**SMALL, tie_word_embeddings=False),
-    "mistral": lambda: transformers.MistralConfig(**SMALL, sliding_window=3),
-    "qwen2": lambda: transformers.Qwen2Config(**SMALL),
-    "qwen3": lambda: transformers.Qwen3Config(
-        **SMALL, use_sliding_window=True, sliding_window=3, layer_types=MIXED
-    ),
+OWN: dict[str, dict[str, Any]] = {
+    "llama": {"tie_word_embeddings": False},
+    "mistral": {"sliding_window": 3},
+    "qwen2": {},
+    "qwen3": {"use_sliding_window": True, "sliding_window": 3, "layer_types": MIXED},
 }
+EVEN: dict[str, Any] = {"use_sliding_window": False, "sliding_window": None, "layer_types": None}
+"""What makes the layers of a Qwen alike, as those of a mixture are."""
+
 WEATHER = Prompts(("sun rain wind", "snow wind rain sun snow"))
 SUMS = Prompts(("add sum times root", "sum"), ("code loop",))
 CODE = Prompts(("loop call if code loop call",))
@@ -80,9 +81,10 @@ def ids(kind: str, text: str) -> list[int]:
     return [1, *(4 + WORDS.index(word) for word in text.split())]
 
 
-def build(kind: str, seed: int = 0) -> Any:
+def build(kind: str, seed: int = 0, **changes: Any) -> Any:
     """Return a dense model all of whose weights are random and far from 0, in float32."""
-    model = transformers.AutoModelForCausalLM.from_config(CONFIGS[kind]())
+    config = transformers.CONFIG_MAPPING[kind](**{**SMALL, **OWN[kind], **changes})
+    model = transformers.AutoModelForCausalLM.from_config(config)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for weight in model.parameters():
@@ -91,9 +93,9 @@ def build(kind: str, seed: int = 0) -> Any:
     return model.float().eval()
 
 
-def save(kind: str, folder: Path, seed: int = 0, dtype: torch.dtype = torch.float32) -> Path:
+def save(kind: str, folder: Path, seed: int = 0, **changes: Any) -> Path:
     """Save a dense model with its tokenizer, and return its folder."""
-    build(kind, seed).to(dtype).save_pretrained(folder)
+    build(kind, seed, **changes).save_pretrained(folder)
     tokenizer(kind).save_pretrained(folder)
     return folder
 

@@ -8,7 +8,7 @@ import torch
 from tests.structures import prompted
 from tests.structures.prompted import CODE, HIDDEN, LAYERS, PROMPTS, SUMS, WEATHER
 
-KINDS = ("llama", "mistral", "qwen2", "qwen3")
+KINDS = tuple(prompted.OWN)
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -47,7 +47,6 @@ def found_routers(
     Raises:
         MergeKitError: If the base does not do for it.
     """
-    _check_extra(site)
     experts, shared = sets
     folder, embedding = _tokenizer(site, base), _embedding(base, hidden)
     question = Question(experts, shared, folder, base.label, embedding)
@@ -67,16 +66,29 @@ def found_routers(
     )
 
 
-def _check_extra(site: Site) -> None:
+def _check_extra(site: Site, files: Collection[str]) -> None:
     """Report a missing library, without importing it."""
-    if find_spec("transformers") is None:
+    needed = {"transformers": "transformers"}
+    pieces = [name for name in files if name.endswith(".model")]
+    if pieces and "tokenizer.json" not in files:
+        needed |= {"sentencepiece": "sentencepiece", "google.protobuf": "protobuf"}
+    lacking = [name for module, name in needed.items() if not _is_installed(module)]
+    if lacking:
+        which = f" to read {pieces[0]}" if lacking[0] != "transformers" else ""
         site.findings.problem(
             PlanError(
-                "routers of prompts need transformers, which is not installed",
+                f"prompts for a router need {' and '.join(lacking)}{which}, not installed here",
                 where=str(site.stage.mark),
                 hint='pip install "merge_kit[routers]"',
             )
         )
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:  # the package around it is missing
+        return False
 
 
 def _tokenizer(site: Site, base: Model) -> Path:
@@ -85,7 +97,9 @@ def _tokenizer(site: Site, base: Model) -> Path:
     checkpoint = lender.checkpoint
     assert checkpoint is not None  # what lends files has some
     names = () if checkpoint.is_file else checkpoint.side_files
-    if not any(_has_vocabulary(name) for name in names):
+    files = [name for name in names if _has_vocabulary(name)]
+    _check_extra(site, files)
+    if not files:
         site.findings.problem(
             CheckpointError(
                 "prompts for a router without a tokenizer: the base has no tokenizer files",
