@@ -92,7 +92,7 @@ def _heads(model: Model, widths: Widths) -> Iterator[tuple[Kind, str, str]]:
             f"{heads} attention heads and {kv_heads} key and value heads are no whole groups: "
             f"{model.label} has {group:g} heads for each of its {old.num_key_value_heads}"
         )
-        yield "num_attention_heads", problem, _fitting(group, heads, kv_heads)
+        yield "num_attention_heads", problem, _fitting(widths)
     changed = {"hidden_size", "num_attention_heads"} & set(widths.changed())
     if widths.family.whole_heads and changed and new.hidden_size % heads:
         problem = (
@@ -102,13 +102,15 @@ def _heads(model: Model, widths: Widths) -> Iterator[tuple[Kind, str, str]]:
         yield "hidden_size", problem, "choose a multiple"
 
 
-def _fitting(group: float, heads: int, kv_heads: int) -> str:
+def _fitting(widths: Widths) -> str:
     """Return numbers that would do."""
-    if group != int(group):
+    old, heads = widths.old, widths.new.num_attention_heads
+    group, rest = divmod(old.num_attention_heads, old.num_key_value_heads)
+    if rest:
         return "leave both as they are"
-    if heads % int(group) == 0:
-        return f"give num_key_value_heads: {heads // int(group)} with it"
-    return f"give num_attention_heads: {kv_heads * int(group)} with it"
+    if heads != old.num_attention_heads and heads % group == 0:
+        return f"give num_key_value_heads: {heads // group} with it"
+    return f"give num_attention_heads: {widths.new.num_key_value_heads * group} with it"
 
 
 def _sizes(model: Model) -> tuple[Family, Sizes]:
