@@ -18,6 +18,7 @@ _STRING = "tag:yaml.org,2002:str"
 _SCALARS: Any = yaml.SafeLoader("")
 _REFERENCES = {
     "model",
+    "source_model",
     "base_model",
     "lora",
     "path",

@@ -260,6 +260,16 @@ def test_overrides_reach_an_expert(models, tmp_path):
     assert torch.equal(expert(made, 0, 1, "down_proj"), dense(models, "llama-b")[name])
 
 
+def test_an_output_does_not_say_where_its_models_lay(models, tmp_path):
+    shared = "shared_experts: [{source_model: llama-a}]\n"
+    path = write(models, tmp_path, recipe(gate_mode="random") + shared)
+    done = api.merge(path, tmp_path / "out")
+    for name in ("README.md", "merge_kit.json"):
+        text = (done.output / name).read_text()
+        assert str(models) not in text
+        assert "input-1:llama-a" in text
+
+
 REFUSED = {
     "shared in Qwen3": (
         recipe("qwen3", gate_mode="random") + "shared_experts: [{source_model: qwen3-a}]\n",
