@@ -73,11 +73,11 @@ def test_the_examples_run_in_their_order(folder):
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert len(EXAMPLES) == 19
+    assert len(EXAMPLES) == 20
     merged = {path.name for path in (folder / "merged").iterdir()}
     assert merged == {
         *("polite", "skills", "better", "soup", "pruned", "code_delta", "code_again", "halfway"),
-        *("greedy", "careful", "by_recipe", "sorting", "lora_ties", "sort", "forgot"),
+        *("deeper", "greedy", "careful", "by_recipe", "sorting", "lora_ties", "sort", "forgot"),
     }
     adapters = {path.name for path in (folder / "adapters").iterdir()}
     assert adapters == {"sort", "translate", "both", "agreed", "code"}
