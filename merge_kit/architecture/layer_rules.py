@@ -111,11 +111,13 @@ def _offset(period: str, offset: str, periods: int, first: int) -> Rule:
     return Rule({period: periods, offset: first}, label, solve)
 
 
-def _first_dense_label(values: Values, layer: int, layers: int) -> bool:
+def _first_dense_label(values: Values, layer: int, layers: int) -> Hashable:
+    """Whether a layer has experts: by both keys, and for programs that know only the first."""
     del layers
     step = values["moe_layer_freq"] if is_int(values["moe_layer_freq"]) else 1  # a list: per layer
     first = values["first_k_dense_replace"]
-    return is_int(first) and layer >= first and (step <= 0 or layer % step == 0)
+    sparse = is_int(first) and layer >= first
+    return sparse, sparse and (step <= 0 or layer % step == 0)
 
 
 def _first_dense_solve(values: Values, wanted: Sequence[Hashable]) -> Iterator[Values]:
@@ -144,6 +146,16 @@ def _span_solve(values: Values, wanted: Sequence[Hashable]) -> Iterator[Values]:
         for end in (values[last], -1, stop):
             for begin in (values[first], start):
                 yield {first: begin, last: end, every: step}
+
+
+def _unwritten_label(values: Values, layer: int, layers: int) -> bool:
+    """Whether a layer is the one of its period that programs know of without a config's help."""
+    del layers
+    held = values["layer_types"]
+    if isinstance(held, list):
+        return layer < len(held) and "full" in str(held[layer])
+    period, place = held
+    return bool(layer % period == place)
 
 
 def _listed(value: Any) -> list[int]:
@@ -182,6 +194,10 @@ def _has_window(config: Config) -> bool:
     return config.get("sliding_window", 1) is not None and bool(used)
 
 
+def _has_unwritten_kinds(config: Config) -> bool:
+    return config.get("model_type") in UNWRITTEN and _has_window(config)
+
+
 RULES: tuple[Rule, ...] = (
     _threshold("max_window_layers", lists=("layer_types",), applies=_has_window),
     Rule(
@@ -189,6 +205,14 @@ RULES: tuple[Rule, ...] = (
         _first_dense_label,
         _first_dense_solve,
         lists=("mlp_layer_types",),
+        off=(False, False),
+    ),
+    Rule(
+        {"layer_types": None},
+        _unwritten_label,
+        lambda values, wanted: iter(()),  # noqa: ARG005
+        lists=("layer_types",),
+        applies=_has_unwritten_kinds,
     ),
     _threshold("num_dense_layers", lists=("mlp_layer_types",)),
     _every("decoder_sparse_step", shifts=(1, -1)),
@@ -217,8 +241,26 @@ RULES: tuple[Rule, ...] = (
     _index_label("hidden_size_per_layer_input"),
 )
 
+UNWRITTEN: Mapping[str, tuple[int, int]] = {
+    "gemma2": (2, 1),
+    "gpt_oss": (2, 1),
+    "minimax": (2, 1),
+    "qwen2_moe": (2, 1),
+    "t5_gemma_module": (2, 1),
+    "vaultgemma": (2, 1),
+    "olmo3": (4, 3),
+    "olmo_hybrid": (4, 3),
+    "cwm": (4, 0),
+    "granite_swa": (4, 0),
+    "granitemoe_swa": (4, 0),
+    "gemma3n_text": (5, 4),
+    "gemma4_text": (6, 5),
+}
+"""Period, and the layer of it that is of another kind, in model types that have no key for it:
+programs go by it where a config has no `layer_types`."""
+
 IMPLIED: Mapping[str, Mapping[str, Any]] = {
-    "gemma2": {"sliding_window_pattern": 2},
+    **{kind: {"layer_types": place} for kind, place in UNWRITTEN.items()},
     "gemma3_text": {"sliding_window_pattern": 6},
     "cohere2": {"sliding_window_pattern": 4},
     "qwen3_next": {"full_attention_interval": 4},
@@ -226,4 +268,4 @@ IMPLIED: Mapping[str, Mapping[str, Any]] = {
     "smollm3": {"no_rope_layer_interval": 4},
     "modernbert": {"global_attn_every_n_layers": 3},
 }
-"""Periods that published configs of some model types leave out, because they are the default."""
+"""Values that configs of some model types leave out, because they are the default."""

@@ -17,6 +17,9 @@ from merge_kit.errors import PlanError
 EXTRA_KEYS = ("num_nextn_predict_layers", "num_mtp_layers")
 """Layers that some checkpoints store behind those that the config counts."""
 
+FULL_AT_THE_END = ("gemma4", "diffusion_gemma", "embedding_gemma2")
+"""Beginnings of the model types whose last layer has full attention, whatever the config says."""
+
 WHERE = "config.json"
 
 
@@ -187,8 +190,27 @@ def _layer_edits(target: _Target) -> Iterator[Edit]:
         if named and len(value) not in target.donor.lengths:
             problem = f"{key} has {len(value)} entries for {target.donor.layers} layers"
             raise PlanError(problem, where=WHERE, hint="repair the config of the model")
+    _check_last(target)
     other_side = section.other_side(target.prefix)
     yield from layer_edits(target.donor, target.places, section.path, other_side)
+
+
+def _check_last(target: _Target) -> None:
+    """Refuse a last layer that programs would make one of full attention."""
+    types = target.counted[-1].config.get("layer_types") if target.counted else None
+    forced = str(target.section.config.get("model_type")).startswith(FULL_AT_THE_END)
+    layer = target.counted[-1].layer if target.counted else 0
+    if (
+        forced
+        and isinstance(types, list)
+        and layer < len(types)
+        and "full" not in str(types[layer])
+    ):
+        problem = (
+            f"layer_types says {types[layer]!r} of the last layer (layer {layer} of its model), "
+            "and this architecture ends with full attention whatever it says"
+        )
+        raise PlanError(problem, where=WHERE, hint="end with a layer of full attention")
 
 
 def _rule_edits(target: _Target, followed: set[str]) -> Iterator[Edit]:
@@ -231,7 +253,8 @@ def _kept_or_adjusted(rule: Rule, target: _Target) -> Mapping[str, object]:
 
 def _refusal(rule: Rule, target: _Target, values: Values | None, layer: int) -> PlanError:
     place = target.counted[layer]
-    held = {key: value for key, value in (values or {}).items() if value is not None}
+    written = target.section.config
+    held = {key: value for key, value in (values or {}).items() if written.get(key) is not None}
     says = ", ".join(f"{key} {value!r}" for key, value in held.items()) or "nothing"
     problem = (
         f"{next(iter(held or rule.keys))} cannot follow this order of layers: output layer {layer} "

@@ -317,9 +317,50 @@ def test_an_empty_no_rope_list_is_none():
 
 def test_a_period_that_the_file_leaves_out_is_known_for_some_model_types():
     config = {"model_type": "gemma2", "num_hidden_layers": 4}
-    with pytest.raises(PlanError, match=r"sliding_window_pattern cannot follow .* output layer 0"):
+    with pytest.raises(PlanError, match=r"layer_types cannot follow .* output layer 0"):
         stacked(config, [1, 0])
     assert stacked(config, [0, 1, 0, 1, 2, 3])["num_hidden_layers"] == 6
+
+
+@pytest.mark.parametrize(
+    ("kind", "kept", "broken"),
+    [
+        ("gemma2", [0, 1, 2, 1, 2, 3], [0, 2]),  # s f s f; another period is read by no program
+        ("gpt_oss", [2, 1, 0, 3], [0, 1, 1]),
+        ("olmo3", [0, 1, 2, 3, 0, 1, 2, 3], [1, 3, 3]),
+        ("cwm", [0, 1, 2, 3, 0, 2], [1, 2]),  # f s s s
+    ],
+)
+def test_kinds_that_no_key_gives_keep_their_places(kind, kept, broken):
+    config = {"model_type": kind, "num_hidden_layers": 4, "sliding_window": 8}
+    found = stacked(config, kept)
+    assert found == config | {"num_hidden_layers": len(kept)}
+    with pytest.raises(PlanError, match="layer_types cannot follow"):
+        stacked(config, broken)
+    config["layer_types"] = ["a", "b", "c", "d"]
+    assert stacked(config, broken)["layer_types"] == [config["layer_types"][i] for i in broken]
+
+
+def test_the_refusal_says_what_the_file_says_and_no_more():
+    config = {"model_type": "cohere2", "num_hidden_layers": 4}
+    with pytest.raises(PlanError, match=r"sliding_window_pattern .*the config says nothing"):
+        stacked(config, [3, 1, 3])
+
+
+def test_the_first_dense_layers_are_kept_for_programs_that_know_no_frequency_too():
+    config = four(first_k_dense_replace=1, moe_layer_freq=1)
+    assert stacked(config, [0, 2, 3, 1])["first_k_dense_replace"] == 1
+    assert stacked(config, [0, 0, 2])["first_k_dense_replace"] == 2
+    with pytest.raises(PlanError, match="first_k_dense_replace cannot follow"):
+        stacked(config, [0, 0, 3, 0, 2])  # a frequency of two would say so, to some
+
+
+def test_a_last_layer_that_programs_would_change_is_refused():
+    kinds = ["sliding_attention", "full_attention"] * 2
+    config = four(layer_types=kinds) | {"model_type": "gemma4_text"}
+    assert stacked(config, [0, 3])["layer_types"] == ["sliding_attention", "full_attention"]
+    with pytest.raises(PlanError, match=r"'sliding_attention' of the last layer \(layer 2 of its"):
+        stacked(config, [0, 1, 2])
 
 
 def test_numbers_of_another_model_bind_its_layers():
