@@ -53,7 +53,7 @@ def _text(findings: Findings, node: Node) -> str | None:
 
 
 def check_experts(findings: Findings, stage: Stage, parameters: Node | None) -> None:
-    """Refuse experts without the prompts that a router is made of; note what has no effect.
+    """Refuse experts without the prompts that a router is made of; note a mixture of one model.
 
     Args:
         findings: Where problems and notes go.
@@ -68,9 +68,6 @@ def check_experts(findings: Findings, stage: Stage, parameters: Node | None) -> 
         if len(prompts) == 1 < len(experts) and prompts.isdisjoint((None, Prompts(()))):
             problem = "all experts have the same prompts, so that no router can tell them apart"
             findings.error(experts[1].mark, problem, "list for each what is to go to it")
-    prompted = next((entry for entry in entries if entry.prompts is not None), None)
-    if prompted is not None and router and router not in ROUTERS_OF_PROMPTS:
-        findings.note(prompted.mark, f"prompts have no effect with {key}: {router}")
     plain = {(expert.model, tuple(expert.parameters)) for expert in experts}
     if len(experts) > 1 and plain == {(experts[0].model, ())}:
         sentence = "all experts are one model: the mixture does what it does until it is trained"

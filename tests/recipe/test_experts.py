@@ -102,10 +102,8 @@ def test_random_gates_need_no_prompts(mode):
     text += "experts: [{source_model: a}, {source_model: b}]\n"
     assert parse_recipe(text).notes == ()
     assert [entry.prompts for entry in stage(text).models] == [None, None]
-    same = "\nexperts: [{source_model: a, positive_prompts: [x]}, {source_model: b, "
-    text = f"base_model: base\ngate_mode: {mode}{same}positive_prompts: [x]}}]\n"
-    (note,) = parse_recipe(text, source="r.yaml").notes
-    assert note == f"r.yaml:3:11: prompts have no effect with gate_mode: {mode}"
+    alike = PLAIN.replace("[y]", "[x]") + f"gate_mode: {mode}\n"
+    assert [entry.prompts for entry in stage(alike).models] == [Prompts(("x",))] * 2
 
 
 @pytest.mark.parametrize("mode", ["hidden", "hidden_last", "hidden_avg", "cheap_embed"])

@@ -127,17 +127,14 @@ def test_what_is_wrong_is_said_at_its_place(row):
 
 
 @pytest.mark.parametrize("router", ["random", "uniform_random", "zero"])
-def test_routers_of_no_prompts_need_none_and_say_that_they_use_none(router):
-    without = START.replace("hidden", router) + "  - {model: a}\n  - {model: b}\n"
-    assert parse_recipe(without).notes == ()
-    (note,) = parse_recipe(TWO.replace("hidden", router), source="r.yaml").notes
-    assert note == f"r.yaml:5:5: prompts have no effect with router: {router}"
+def test_routers_of_no_prompts_need_none(router):
+    text = START.replace("hidden", router) + "  - {model: a}\n  - {model: b}\n"
+    assert [entry.prompts for entry in stage(text).models] == [None, None]
 
 
-def test_the_default_router_uses_no_prompts():
-    text = TWO.replace("parameters: {router: hidden}\n", "")
-    (note,) = parse_recipe(text, source="r.yaml").notes
-    assert note == "r.yaml:4:5: prompts have no effect with router: random"
+def test_the_default_router_needs_no_prompts():
+    text = START.replace("parameters: {router: hidden}\n", "") + "  - {model: a}\n"
+    assert stage(text).models[0].prompts is None
 
 
 @pytest.mark.parametrize("router", ["hidden", "hidden_avg", "cheap_embed"])

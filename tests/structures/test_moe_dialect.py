@@ -131,6 +131,15 @@ def test_uniform_random_gates_lie_within_the_root_of_the_width(models):
     assert float(drawn.square().mean()) == pytest.approx(1 / 3, abs=4 * 0.3 / len(drawn) ** 0.5)
 
 
+def test_prompts_that_no_gate_needs_are_said_to_have_no_effect_once(models):
+    with_prompts, without = (
+        plan(recipe(prompts=prompts, gate_mode="random"), models).notes
+        for prompts in ((WEATHER, SUMS), (None, None))
+    )
+    assert len([note for note in with_prompts if "prompts have no effect" in note]) == 1
+    assert not [note for note in without if "prompts" in note]
+
+
 def embedded(models, prompts, kind="llama"):
     """Return the row of an expert under cheap_embed, in float64."""
     table = dense(models, f"{kind}-base")["model.embed_tokens.weight"].double()
