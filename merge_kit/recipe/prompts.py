@@ -70,7 +70,7 @@ def check_experts(findings: Findings, stage: Stage, parameters: Node | None) -> 
             findings.error(experts[1].mark, problem, "list for each what is to go to it")
     plain = {(expert.model, tuple(expert.parameters)) for expert in experts}
     if len(experts) > 1 and plain == {(experts[0].model, ())}:
-        sentence = "all experts are one model: the mixture does what it does until it is trained"
+        sentence = "all experts are one model: which one a token passes means nothing until trained"
         findings.note(stage.mark, sentence)
 
 

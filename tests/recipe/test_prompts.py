@@ -145,10 +145,10 @@ def test_routers_of_prompts_need_them_of_every_model(router):
         parse_recipe(text.replace(", positive_prompts: [y]", ""))
 
 
-def test_equal_experts_are_a_mixture_that_does_what_they_do():
+def test_experts_that_are_one_model_are_noted():
     text = START.replace("hidden", "zero") + "  - {model: a}\n  - {model: a}\n"
     (note,) = parse_recipe(text).notes
-    assert "the mixture does what it does until it is trained" in note
+    assert "which one a token passes means nothing until trained" in note
     noisy = text.replace("{model: a}", "{model: a, parameters: {noise_scale: 0.1}}", 1)
     assert parse_recipe(noisy).notes == ()
 
