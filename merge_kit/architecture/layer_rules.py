@@ -195,7 +195,7 @@ def _has_window(config: Config) -> bool:
 
 
 def _has_unwritten_kinds(config: Config) -> bool:
-    return config.get("model_type") in UNWRITTEN and _has_window(config)
+    return str(config.get("model_type")) in UNWRITTEN and _has_window(config)
 
 
 RULES: tuple[Rule, ...] = (

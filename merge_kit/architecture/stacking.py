@@ -191,8 +191,24 @@ def _layer_edits(target: _Target) -> Iterator[Edit]:
             problem = f"{key} has {len(value)} entries for {target.donor.layers} layers"
             raise PlanError(problem, where=WHERE, hint="repair the config of the model")
     _check_last(target)
+    for rule in RULES:
+        _check_written(rule, target)
     other_side = section.other_side(target.prefix)
     yield from layer_edits(target.donor, target.places, section.path, other_side)
+
+
+def _check_written(rule: Rule, target: _Target) -> None:
+    """Refuse layers whose kinds some models list and others give by number."""
+    configs = list({id(place.config): place.config for place in target.places}.values())
+    for key in rule.lists:
+        listed = any(not is_absent(key, c.get(key)) for c in (target.section.config, *configs))
+        counted = (c for c in configs if is_absent(key, c.get(key)) and rule.values(c) is not None)
+        other = next(counted, None)
+        if listed and other is not None:
+            held = next((k for k in rule.keys if other.get(k) is not None), "a period of its own")
+            problem = f"{key} is written for some of the layers, and others go by {held}"
+            hint = f"write {key} into the config.json of every model, or of none"
+            raise PlanError(problem, where=WHERE, hint=hint)
 
 
 def _check_last(target: _Target) -> None:

@@ -341,6 +341,25 @@ def test_kinds_that_no_key_gives_keep_their_places(kind, kept, broken):
     assert stacked(config, broken)["layer_types"] == [config["layer_types"][i] for i in broken]
 
 
+@pytest.mark.parametrize(
+    ("listed", "counted"),
+    [
+        ({"model_type": "gemma2"}, {"model_type": "gemma2"}),
+        ({"model_type": "gemma3_text"}, {"model_type": "gemma3_text"}),
+        ({}, {"max_window_layers": 2}),
+        ({"max_window_layers": 0}, {"max_window_layers": 2}),
+    ],
+)
+def test_kinds_that_one_model_lists_and_another_counts_are_refused(listed, counted):
+    one = json.dumps(four(layer_types=["full_attention"] * 4) | listed)
+    other = json.dumps(four() | counted)
+    for donor, source in ((one, other), (other, one)):
+        with pytest.raises(PlanError, match="layer_types is written for some of the layers"):
+            stacked_config(donor, LAYERS, [(donor, 0), (source, 1)])
+    found = json.loads(stacked_config(other, LAYERS, [(one, 0), (one, 1)]))
+    assert found["layer_types"] == ["full_attention"] * 2
+
+
 def test_the_refusal_says_what_the_file_says_and_no_more():
     config = {"model_type": "cohere2", "num_hidden_layers": 4}
     with pytest.raises(PlanError, match=r"sliding_window_pattern .*the config says nothing"):
