@@ -18,11 +18,12 @@ from torch import Tensor
 
 from merge_kit.architecture.config import read_config
 from merge_kit.engine.operands import Operands
+from merge_kit.engine.prepared import Prepared
 from merge_kit.engine.routers_tokens import transformers_of
-from merge_kit.engine.workspace import Workspace
+from merge_kit.engine.workspace import ALIGN, Workspace
 from merge_kit.errors import CheckpointError, InterruptedRun, MismatchError
 from merge_kit.plan.building.routers_tasks import HiddenRouters
-from merge_kit.plan.sources import Source
+from merge_kit.plan.sources import Source, elements
 
 Use = Callable[[int, int, Tensor], None]
 """(layer, prompt, what enters the layer's MLP: (tokens, hidden), float32)."""
@@ -82,8 +83,9 @@ class Layers:
         """
         with self._running():
             calls = [self._noted(state) for state in states]
-        for i, weights in enumerate(self._task.weights):
-            self._load(i, weights, operands, stop)
+        shelf = _Shelf(self._task)
+        for i in range(len(self._layers)):
+            self._load(i, shelf, operands, stop)
             for prompt, call in enumerate(calls):
                 _check_stop(stop)
                 with self._running():
@@ -135,19 +137,42 @@ class Layers:
         calls.state = found[0] if isinstance(found, tuple) else found
         return seen[0][0]
 
-    def _load(
-        self, index: int, weights: Mapping[str, Source], operands: Operands, stop: threading.Event
-    ) -> None:
+    def _load(self, index: int, shelf: _Shelf, operands: Operands, stop: threading.Event) -> None:
         """Give a layer its weights, in float32."""
-        layer, label = self._layers[index], self._task.question.label
+        layer, weights = self._layers[index], self._task.weights[index]
         wanted = {name: tuple(tensor.shape) for name, tensor in layer.state_dict().items()}
-        _check_fit(wanted, weights, label, index)
-        loaded, work = {}, Workspace()
+        _check_fit(wanted, weights, self._task.question.label, index)
+        loaded, at = {}, 0
         for name in wanted:
             _check_stop(stop)
-            work.enter(weights[name])
-            loaded[name] = operands.whole(weights[name], torch.float32, work)
+            loaded[name], at = shelf.read(weights[name], operands, at)
         layer.load_state_dict(loaded, strict=True, assign=True)
+        if isinstance(operands, Prepared):
+            operands.close()  # what was computed for this layer
+
+
+class _Shelf:
+    """Memory for the weights of one layer at a time.
+
+    It is one piece that stays: what is freed and taken again tensor by tensor, an allocator may
+    keep, and the process would grow with the layers.
+    """
+
+    def __init__(self, task: HiddenRouters) -> None:
+        each = (sum(_room(source) for source in one.values()) for one in task.weights)
+        self._flat = torch.empty(max(each, default=0), dtype=torch.float32)
+        self._work = Workspace()
+
+    def read(self, source: Source, operands: Operands, at: int) -> tuple[Tensor, int]:
+        """Return a source, whole, and where the next one has its place."""
+        self._work.enter(source)
+        out = self._flat[at : at + elements(source)]
+        operands.read(source, 0, elements(source), out, self._work)
+        return out.view(source.shape), at + _room(source)
+
+
+def _room(source: Source) -> int:
+    return -(-elements(source) // ALIGN) * ALIGN
 
 
 def _skeleton(transformers: Any, task: HiddenRouters) -> Any:

@@ -63,7 +63,7 @@ def hidden_bill(key: str, task: HiddenRouters, config: Mapping[str, object]) -> 
     inner = _whole_number(config, "intermediate_size")
     states = tokens * (2 * width + _rotary(config, width, heads)) + len(lengths) * 2 * width
     calls = _CALL_BYTES * len(lengths) * len(task.weights)
-    moment = longest * (12 * width + 4 * inner) + 3 * heads * longest**2
+    moment = longest * (12 * width + 4 * inner) + 2 * heads * longest**2
     return Artefact(
         key,
         task,
