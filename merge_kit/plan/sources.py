@@ -6,6 +6,7 @@ has `dtype` (of what it yields before conversion) and `shape`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import prod
 from typing import TYPE_CHECKING, Any, Literal
@@ -59,7 +60,7 @@ class Rows:
     """Rows of a matrix (or elements of a vector) in another order; -1 is a row of zeros."""
 
     source: Source
-    rows: tuple[int, ...]
+    rows: Sequence[int]
 
     @property
     def dtype(self) -> str:

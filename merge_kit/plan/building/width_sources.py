@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from math import sqrt
+from dataclasses import dataclass
+from math import prod, sqrt
 
-from merge_kit.architecture.axes import KINDS, Kind, Placed, Run
+from merge_kit.architecture.axes import Placed, Run
 from merge_kit.plan.building.width_basis import Basis
 from merge_kit.plan.building.width_sizes import Widths
 from merge_kit.plan.sources import (
+    Columns,
     Concat,
     Generated,
     Projected,
@@ -21,10 +22,8 @@ from merge_kit.plan.sources import (
     View,
 )
 
-_RESIZED: frozenset[Kind] = frozenset(KINDS)
 
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Resizer:
     """Brings tensors to other sizes: by their first elements and zeros, or hidden ones by a basis.
 
@@ -34,7 +33,6 @@ class Resizer:
 
     widths: Widths
     basis: Basis | None
-    _indices: dict[tuple[Run, ...], tuple[int, ...]] = field(default_factory=dict)
 
     @property
     def factor(self) -> float:
@@ -98,33 +96,28 @@ class Resizer:
         return source
 
     def _rows(self, source: Source, runs: tuple[Run, ...]) -> Source:
-        if not self._resizes(runs):
+        """Return a vector or a matrix with other rows; fused ones run by run."""
+        if not any(run.length != self._new(run) for run in runs):
             return source
-        return Rows(source, self._index(runs))
+        rest, pieces, start = source.shape[1:], list[Source](), 0
+        for run in runs:
+            kept, new = min(run.length, self._new(run)), self._new(run)
+            pieces.append(View(source, start * prod(rest), (kept, *rest)))
+            if new > kept:
+                pieces.append(Generated("zeros", (new - kept, *rest)))
+            start += run.length
+        return pieces[0] if len(pieces) == 1 else Concat(tuple(pieces))
 
     def _columns(self, source: Source, runs: tuple[Run, ...]) -> Source:
-        if not self._resizes(runs):
-            return source
-        return Transposed(Rows(Transposed(source), self._index(runs)))
-
-    def _resizes(self, runs: tuple[Run, ...]) -> bool:
-        return any(run.kind in _RESIZED and run.length != self._new(run) for run in runs)
+        """Return a matrix with other columns, which are never fused."""
+        (run,) = runs
+        old, new = run.length, self._new(run)
+        if new > old:
+            return Columns((source, Generated("zeros", (source.shape[0], new - old))))
+        return source if new == old else Transposed(Rows(Transposed(source), range(new)))
 
     def _new(self, run: Run) -> int:
         return self.widths.new.elements(run.kind) if run.kind else run.length
-
-    def _index(self, runs: tuple[Run, ...]) -> tuple[int, ...]:
-        """Return which old elements the new ones are, -1 for zeros."""
-        if runs not in self._indices:
-            index: list[int] = []
-            start = 0
-            for run in runs:
-                new = self._new(run)
-                kept = min(run.length, new)
-                index += [*range(start, start + kept), *([-1] * (new - kept))]
-                start += run.length
-            self._indices[runs] = tuple(index)
-        return self._indices[runs]
 
 
 def _is_hidden(runs: tuple[Run, ...]) -> bool:
