@@ -195,7 +195,9 @@ def _has_window(config: Config) -> bool:
 
 
 def _has_unwritten_kinds(config: Config) -> bool:
-    return str(config.get("model_type")) in UNWRITTEN and _has_window(config)
+    kind = str(config.get("model_type"))
+    unused = kind == "qwen2_moe" and not config.get("use_sliding_window")
+    return kind in UNWRITTEN and _has_window(config) and not unused
 
 
 RULES: tuple[Rule, ...] = (

@@ -8,6 +8,21 @@ from typing import Any
 from merge_kit.architecture.per_layer_forms import form_of, is_nested_part
 from merge_kit.architecture.sections import COUNT_KEYS, is_int
 
+HEADS = (
+    *("num_attention_heads", "num_key_value_heads", "head_dim", "n_head", "n_heads", "num_heads"),
+    *("encoder_attention_heads", "decoder_attention_heads", "multi_query", "partial_rotary_factor"),
+)
+"""Keys that say how the rows of one matrix are divided: shapes do not show them."""
+
+SETTINGS = (
+    *("rope_theta", "rope_scaling", "rope_parameters", "rope_local_base_freq", "rotary_pct"),
+    *("sliding_window", "use_sliding_window", "attn_logit_softcapping", "query_pre_attn_scalar"),
+    *("hidden_act", "hidden_activation", "activation_function", "rms_norm_eps", "layer_norm_eps"),
+    *("layer_norm_epsilon", "norm_eps", "num_experts_per_tok", "norm_topk_prob"),
+    *("attention_multiplier", "residual_multiplier"),
+)
+"""Further keys that every layer is computed by."""
+
 
 def sizes_by_layer(config: Mapping[str, Any], layers: int) -> bool:
     """Return whether a config has a list of sizes, or of objects, with one entry a layer.
@@ -53,4 +68,16 @@ def differing_keys(
         and is_int(other.get(key))
         and (value, other[key]) in pairs
         and key not in COUNT_KEYS
+    ]
+
+
+def differing_settings(
+    one: Mapping[str, Any], other: Mapping[str, Any], keys: Sequence[str]
+) -> list[str]:
+    """Return which of these keys two configs give other values, each one for all layers."""
+    both = [key for key in keys if one.get(key) is not None and other.get(key) is not None]
+    return [
+        key
+        for key in both
+        if one[key] != other[key] and not isinstance(one[key], list) | isinstance(other[key], list)
     ]

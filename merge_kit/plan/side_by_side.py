@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
 
-from merge_kit.architecture.layer_sizes import differing_keys, sizes_by_layer
+from merge_kit.architecture.layer_sizes import (
+    HEADS,
+    SETTINGS,
+    differing_keys,
+    differing_settings,
+    sizes_by_layer,
+)
 from merge_kit.architecture.sections import section_of
 from merge_kit.architecture.stacks import Stack
 from merge_kit.errors import MismatchError
@@ -18,6 +25,9 @@ Shape = tuple[int, ...]
 _BUFFER = re.compile(r"(^|\.)(inv_freq|masked_bias|relative_position_index|position_ids)$")
 _SHOWN = 3
 """Names that are listed."""
+
+_LONG = 40
+"""Characters of a value that are shown."""
 
 _MASK_RANK = 3
 """A `bias` of as many axes is a mask that no weight depends on, as in GPT-2."""
@@ -40,7 +50,11 @@ class SideBySide:
         if model is self._donor:
             return None
         shapes = _shapes(model, stack, layer)
-        found = self._size(model, stack, layer, shapes) or self._kind(model, stack, layer, shapes)
+        found = (
+            self._size(model, stack, layer, shapes)
+            or self._kind(model, stack, layer, shapes)
+            or self._heads(model, stack, layer)
+        )
         if found is None or (model.label, found[1]) in self._seen:
             return None
         self._seen.add((model.label, found[1]))
@@ -89,6 +103,34 @@ class SideBySide:
         problem = f"layer {layer} of {model.label} {verb} {shown}, which {against}"
         return problem, "stack layers of one architecture"
 
+    def _heads(self, model: Model, stack: Stack, layer: int) -> tuple[str, str] | None:
+        """Return problem and hint for a layer whose matrices would be divided otherwise."""
+        other = _config(model, stack)
+        keys = differing_settings(self._config, other, HEADS)
+        if not keys:
+            return None
+        said = " and ".join(f"{key} {other[key]}" for key in keys)
+        here = " and ".join(f"{key} {self._config[key]}" for key in keys)
+        problem = (
+            f"layer {layer} of {model.label} has {said}, {self._donor.label}, whose config is "
+            f"taken, {here}"
+        )
+        return problem, "stack layers with the same heads"
+
+    def note(self, model: Model, stack: Stack) -> str | None:
+        """Return what of a model's config the output does not keep, once for each model."""
+        kind = (model.label, "note")
+        if model is self._donor or kind in self._seen:
+            return None
+        self._seen.add(kind)
+        other = _config(model, stack)
+        keys = differing_settings(self._config, other, SETTINGS)
+        said = ", ".join(f"{key} {_short(other[key])}" for key in keys)
+        here = ", ".join(f"{key} {_short(self._config[key])}" for key in keys)
+        if not keys:
+            return None
+        return f"layers of {model.label} are made for {said}; the output's config has {here}"
+
     @cached_property
     def _own(self) -> Mapping[str, Mapping[Shape, int]]:
         """Of the donor: suffix -> shape -> the first layer with it."""
@@ -113,6 +155,11 @@ def _shapes(model: Model, stack: Stack, layer: int) -> dict[str, Shape]:
     extras, names = model.first_layer_extras(stack), model.by_layer(stack).get(layer, {})
     shapes = {suffix: model.tensors[name].spec.shape for suffix, name in names.items()}
     return {s: shape for s, shape in shapes.items() if s not in extras and not _is_mask(s, shape)}
+
+
+def _short(value: object) -> str:
+    text = value if isinstance(value, str) else json.dumps(value)
+    return text if len(text) <= _LONG else f"{text[:_LONG]}..."
 
 
 def _is_mask(suffix: str, shape: Shape) -> bool:

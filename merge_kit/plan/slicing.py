@@ -122,6 +122,10 @@ class Slicer:
         error = beside.problem(model, self._stack_of(model) or self.stack, layer, str(mark))
         if error is not None:
             self.maker.findings.problem(error)
+        for one, _ in at:
+            note = beside.note(one, self._stack_of(one) or self.stack)
+            if note is not None:
+                self.maker.findings.note(note)
 
     def _outside(self, group: Group, role: str) -> list[Item]:
         pairs = sorted(group.pairs(), key=lambda pair: not group.is_base(pair[0]))

@@ -449,3 +449,27 @@ def test_experts_beside_dense_layers_of_one_architecture_are_kept(tmp_path):
         "  - sources: [{model: y, layers: [1]}]\n  - sources: [{model: x, layer_range: [0, 2]}]\n"
     )
     assert read(swapped, tmp_path)["mlp_only_layers"] == [1]
+
+
+def test_layers_with_other_heads_are_refused_although_their_shapes_agree(tmp_path):
+    sized(tmp_path / "x", 4, 8, num_attention_heads=2)
+    sized(tmp_path / "y", 4, 8, num_attention_heads=4)
+    with pytest.raises(MismatchError) as caught:
+        plan(both(), tmp_path)
+    assert caught.value.problem == (
+        "layer 1 of input-2:y has num_attention_heads 4, input-1:x, whose config is taken, "
+        "num_attention_heads 2"
+    )
+
+
+def test_settings_that_the_output_does_not_keep_are_said_once(tmp_path):
+    sized(tmp_path / "x", 4, 8, rope_theta=1e4, hidden_act="silu", rms_norm_eps=1e-5)
+    sized(tmp_path / "y", 4, 8, rope_theta=5e5, hidden_act="silu", rms_norm_eps=1e-6)
+    text = both() + "  - sources: [{model: y, layer_range: [0, 2]}]\n"
+    notes = [note for note in plan(text, tmp_path).notes if "made for" in note]
+    assert notes == [
+        (
+            "layers of input-2:y are made for rope_theta 500000.0, rms_norm_eps 1e-06; the "
+            "output's config has rope_theta 10000.0, rms_norm_eps 1e-05"
+        )
+    ]
