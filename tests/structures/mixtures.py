@@ -16,7 +16,7 @@ from tests.toys import write
 
 EXPERTS = 3
 VOCAB = 64
-_SMALL: dict[str, Any] = {
+SMALL: dict[str, Any] = {
     "hidden_size": 16,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
@@ -26,10 +26,10 @@ _SMALL: dict[str, Any] = {
     "pad_token_id": 0,
     "bos_token_id": 1,
     "eos_token_id": None,
-    "num_experts_per_tok": 2,
 }
 _MOE: dict[str, Any] = {
-    **_SMALL,
+    **SMALL,
+    "num_experts_per_tok": 2,
     "num_experts": EXPERTS,
     "intermediate_size": 40,
     "moe_intermediate_size": 24,
@@ -40,7 +40,9 @@ _MOE: dict[str, Any] = {
 def config(kind: str, **changes: Any) -> Any:
     """Return the config of a small mixture: mixtral, qwen2_moe, qwen3_moe."""
     if kind == "mixtral":
-        own = {**_SMALL, "num_local_experts": EXPERTS, "intermediate_size": 24}
+        own = {**_MOE, "num_local_experts": EXPERTS, "intermediate_size": 24}
+        for key in ("num_experts", "moe_intermediate_size", "norm_topk_prob"):
+            del own[key]
         return transformers.MixtralConfig(**{**own, **changes})
     if kind == "qwen2_moe":
         own = {**_MOE, "shared_expert_intermediate_size": 24}

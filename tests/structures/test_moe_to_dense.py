@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers
 
 from merge_kit.api import merge
 from merge_kit.errors import MergeKitError, MismatchError, PlanError, RecipeError
@@ -308,3 +309,29 @@ def test_one_model_is_taken(saved):
     }
     with pytest.raises(PlanError, match="takes one model, found 2: mixtral, qwen2_moe"):
         plan(json.dumps(recipe), saved)
+
+
+DENSE_CLASSES = {
+    "llama": transformers.LlamaConfig,
+    "mistral": transformers.MistralConfig,
+    "qwen2": transformers.Qwen2Config,
+    "qwen3": transformers.Qwen3Config,
+}
+
+
+@pytest.mark.parametrize("kind", DENSE_CLASSES)
+def test_upcycled_and_taken_back_a_model_is_what_it_was(kind, tmp_path):
+    more = {"head_dim": 8} if kind == "qwen3" else {}
+    sizes = {**mixtures.SMALL, "intermediate_size": 24, **more}
+    model = transformers.AutoModelForCausalLM.from_config(DENSE_CLASSES[kind](**sizes))
+    model.save_pretrained(tmp_path / "dense")
+    up = {"merge_method": "sparse_upcycle", "base_model": str(tmp_path / "dense")}
+    merge({**up, "parameters": {"num_experts": 3}}, tmp_path / "sparse")
+    named = {"architecture": "llama"} if kind == "llama" else {}
+    back = stored(dense(tmp_path / "sparse", tmp_path / "back", **named))
+    own = stored(tmp_path / "dense")
+    assert back.keys() == own.keys()
+    assert all(torch.equal(back[name], own[name]) for name in own)
+    one, other = (mixtures.load(tmp_path / name).config.to_dict() for name in ("dense", "back"))
+    del one["_name_or_path"], other["_name_or_path"]
+    assert one == other
