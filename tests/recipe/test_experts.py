@@ -334,7 +334,12 @@ def test_several_problems_come_in_one_list():
     assert len(caught.value.errors) == 4
 
 
-SEED = (RECIPE + SHARED.partition("[y]}\n")[2] + "seed: 3\n---\nname: x\n" + PLAIN).encode()
+SEED = f"""\
+name: middle
+{PLAIN}---
+{RECIPE.replace("org/math", "middle")}{SHARED.removeprefix(PLAIN)}architecture: qwen
+seed: 3
+""".encode()
 WORDS = [b"&x ", b"*x", b"<<: ", b"[", b"]", b"{", b"}", b": ", b"- ", b"!!int ", b"null", b".nan"]
 WORDS += [key.encode() for key in (*MOE_KEYS, *MOE_EXPERT_KEYS, "merge_method: linear\n")]
 
@@ -364,6 +369,12 @@ def mutated(draw):
 def test_mutated_recipes_are_read_or_refused(content):
     with contextlib.suppress(MergeKitError):
         parse_recipe(content.decode("utf-8", "surrogateescape"))
+
+
+def test_the_seed_itself_is_read():
+    recipe = parse_recipe(SEED.decode())
+    assert [stage.name for stage in recipe.stages] == ["middle", None]
+    assert len(recipe.stages[1].shared_experts) == 1
 
 
 VALUES = st.recursive(
