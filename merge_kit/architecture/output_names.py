@@ -36,6 +36,7 @@ BRANCH_INPUTS = frozenset(
 INSIDE = frozenset(
     {
         *("q_norm", "k_norm", "q_layernorm", "k_layernorm", "query_layernorm", "key_layernorm"),
+        *("norms",),  # of heads, each by itself
         *("q_a_proj", "kv_a_proj_with_mqa", "q_a_layernorm", "kv_a_layernorm"),
         *("wq_b", "wk", "weights_proj"),
         *("sinks", "attention_sink", "masked", "bias", "rotary_emb.inv_freq", "inv_freq"),
@@ -53,7 +54,16 @@ PATHS = frozenset(
         *("self_attn", "self_attention", "attention", "attn", "encoder_attn"),
         *("mlp", "ffn", "feed_forward", "block_sparse_moe", "shared_mlp"),
         *("experts", "shared_expert", "shared_experts", "router", "gate", "moe_statics", "indexer"),
-        *("act_fn", "mixer", "mamba", "linear_attn", "conv", "rotary_emb"),
+        *(
+            "q_layernorm",
+            "k_layernorm",
+            "act_fn",
+            "mixer",
+            "mamba",
+            "linear_attn",
+            "conv",
+            "rotary_emb",
+        ),
     }
 )
 """Parts of the paths that lead there, beside numbers."""

@@ -48,6 +48,11 @@ def output_projections(
             which nobody here knows what it does.
     """
     _check_config(config or {})
+    layer = {suffix: shape for suffix, shape in layer.items() if not _is_mask(suffix, shape)}
+    norm = next((suffix for suffix in layer if "output.LayerNorm" in suffix), None)
+    if norm is not None:
+        why = f"{norm} stands on the stream itself, with no way past it"
+        raise PlanError(why, hint=_REPEAT)
     modules = {suffix: module_of(suffix) for suffix in layer}
     for suffix, module in modules.items():
         _check_name(suffix, module, layer[suffix])
@@ -57,7 +62,7 @@ def output_projections(
     _check_branches(set(modules.values()))
     if not found:
         raise PlanError("it has no output projection of a known name", hint=KNOWN)
-    weights = {s: layer[s] for s in found if len(layer[s]) > 1 and not s.endswith("bias")}
+    weights = {s: x for s, x in layer.items() if s in found and len(x) > 1 and "bias" not in s}
     _check_shapes(weights, config)
     return found
 
@@ -66,6 +71,11 @@ def module_of(suffix: str) -> str:
     """Return the module that a tensor belongs to: its name without `.weight`, `.bias`, `_bias`."""
     name = suffix.removesuffix(".weight").removesuffix(".bias")
     return name if name.endswith("dense_bias") else name.removesuffix("_bias")
+
+
+def _is_mask(suffix: str, shape: Shape) -> bool:
+    """Return whether a tensor is a mask of attention that no weight depends on, as in GPT-2."""
+    return suffix.endswith(".bias") and len(shape) > 2
 
 
 def _leaf(module: str) -> str:
@@ -81,21 +91,17 @@ def _check_config(config: Mapping[str, Any]) -> None:
             shown = json.dumps(held)[:50]
             raise PlanError(f"{key} is {shown} in config.json: {why}", hint=_REPEAT)
     if config.get("model_type") in PLAIN:
-        why = f"{config['model_type']} puts its norms on the stream itself, with no way past them"
+        why = f"{config['model_type']} puts norms on the stream itself, with no way past them"
         raise PlanError(why, hint=_REPEAT)
 
 
 def _check_name(suffix: str, module: str, shape: Shape) -> None:
     """Refuse a tensor that is neither an output, nor a norm, nor known to work inside a branch."""
-    if suffix.startswith(("output.LayerNorm", "attention.output.LayerNorm")):
-        why = f"{suffix} puts a norm on the stream itself, with no way past it"
-        raise PlanError(why, hint=_REPEAT)
-    *path, _ = module.split(".")
-    leaf = _leaf(module)
-    if not path and leaf in NORMS | TYPED_NORMS.keys() and len(shape) == 1:
+    *path, last = [part for part in module.split(".") if not part.isdecimal()] or [""]
+    if not path and last in NORMS | TYPED_NORMS.keys() and len(shape) == 1:
         return
-    known = leaf in OUTPUTS or leaf in INSIDE or leaf in BRANCH_INPUTS
-    if not known or any(part not in PATHS and not part.isdecimal() for part in path):
+    known = _leaf(module) in OUTPUTS or last in INSIDE or last in BRANCH_INPUTS
+    if not known or any(part not in PATHS for part in path):
         shown = suffix or "the tensor that is a layer of its own"
         problem = f"nothing here knows what {shown} does to the stream"
         raise PlanError(problem, hint=KNOWN)

@@ -76,11 +76,10 @@ def check_pairs(order: Order, lower: Copy, upper: Copy, where: str) -> dict[int,
             shapes = f"{odd[0]} has shape {_listed(here)} in one, {_listed(there)} in the other"
             differ = f"only one of them has {odd[0]}" if None in (here, there) else shapes
             names = f"layer {i} of {lower.model.label} and layer {j} of {upper.model.label}"
-            raise MismatchError(
-                f"{names} would be summed: {differ}",
-                where=where,
-                hint="choose another overlap, or overlap_mode: drop, which sums nothing",
-            )
+            hint = "choose another overlap, or overlap_mode: drop, which sums nothing"
+            if lower.model is not upper.model and None not in (here, there):
+                hint = "sum layers of one size: pad, crop or project a model to it first"
+            raise MismatchError(f"{names} would be summed: {differ}", where=where, hint=hint)
     return found
 
 
