@@ -362,3 +362,16 @@ def test_a_reference_and_one_model_are_taken(saved):
     assert "found 2 models" in str(error)
     with pytest.raises(MergeKitError, match="base_model"):
         plan(json.dumps({"merge_method": "match_experts", "models": both[:1]}), saved)
+
+
+def test_the_recipe_of_the_repository_finds_who_is_who(tmp_path):
+    folder = Path(__file__).parents[2] / "recipes"
+    merge(folder / "match_experts.yaml", tmp_path / "out")
+    found = stored(tmp_path / "out")
+    for e, name in enumerate(("add", "sort", "translate")):
+        own = stored(folder / "demo" / name)
+        for layer in range(4):
+            block = f"model.layers.{layer}"
+            expert = found[f"{block}.block_sparse_moe.experts.{e}.w1.weight"].float()
+            gap = expert - own[f"{block}.mlp.gate_proj.weight"].float()
+            assert float(gap.square().mean().sqrt()) < 0.001  # half the noise, and rounding

@@ -335,3 +335,14 @@ def test_upcycled_and_taken_back_a_model_is_what_it_was(kind, tmp_path):
     one, other = (mixtures.load(tmp_path / name).config.to_dict() for name in ("dense", "back"))
     del one["_name_or_path"], other["_name_or_path"]
     assert one == other
+
+
+def test_a_llama_that_became_a_qwen2_moe_comes_back_as_a_qwen2(tmp_path):
+    config = transformers.LlamaConfig(**mixtures.SMALL, intermediate_size=24)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    model.save_pretrained(tmp_path / "dense")
+    up = {"merge_method": "sparse_upcycle", "base_model": str(tmp_path / "dense")}
+    merge({**up, "parameters": {"architecture": "qwen2_moe"}}, tmp_path / "sparse")
+    found = mixtures.load(dense(tmp_path / "sparse", tmp_path / "back"))
+    assert found.config.model_type == "qwen2"  # its biases are zeros
+    assert torch.allclose(mixtures.logits(found), mixtures.logits(model), rtol=0, atol=1e-5)
