@@ -16,7 +16,7 @@ from torch import Tensor
 
 from merge_kit.engine.assembled import Read, row_runs
 from merge_kit.engine.workspace import Workspace
-from merge_kit.plan.residency import projected_rows
+from merge_kit.plan.residency import projected_rows, projected_strip
 from merge_kit.plan.sources import Found, Projected, Scaled, Source, Transposed, elements
 
 Known = Mapping[str, Mapping[str, Tensor]]
@@ -35,7 +35,7 @@ def read_projected(
     if start == stop:
         return
     strips = _Strips(read, known, source, work)
-    tall = projected_rows(columns if source.left is not None else strips.width)
+    tall = projected_strip(source)
     for index in range(start // (tall * columns), -(-stop // (tall * columns))):
         strip = strips.strip(index, tall, min(tall, height - index * tall))
         begin = index * tall * columns

@@ -59,13 +59,21 @@ def is_kept(factor: Source) -> bool:
 
 def projected_passes(source: Projected) -> int:
     """Return how often the matrix is read: once for each strip, where there is a left factor."""
-    rows, columns = source.shape
-    return 1 if source.left is None else max(1, -(-rows // projected_rows(columns)))
+    rows = source.shape[0]
+    return 1 if source.left is None else max(1, -(-rows // projected_strip(source)))
 
 
-def projected_rows(columns: int) -> int:
+def projected_rows(columns: int, least: int = 16) -> int:
     """Return the rows of a strip or block of a projected matrix of so many columns."""
-    return min(1024, max(16, PROJECTED // max(1, columns)))
+    return min(1024, max(least, PROJECTED // max(1, columns)))
+
+
+def projected_strip(source: Projected) -> int:
+    """Return the rows of a strip of the result; with a left factor, each takes a pass."""
+    inner, columns = source.source.shape[1], source.shape[1]
+    if source.left is not None:
+        return projected_rows(columns, least=64)
+    return projected_rows(max(inner, columns))
 
 
 def kept_bytes(source: Source, width: int) -> int:
@@ -94,7 +102,7 @@ def _projected_elements(source: Projected) -> int:
     (height, inner), (rows, columns) = source.source.shape, source.shape
     width = inner if source.right is None else max(inner, columns)
     block = min(projected_rows(width), height)
-    tall = min(projected_rows(columns if source.left is not None else width), rows)
+    tall = min(projected_strip(source), rows)
     kept = tall * columns
     kept += block * columns if source.left is not None else 0
     return kept + (block * inner if source.right is not None else 0)

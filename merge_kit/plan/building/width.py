@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
-from merge_kit.architecture.axes import KINDS, Kind, Placed, place
+from merge_kit.architecture.axes import KINDS, Placed, place
 from merge_kit.architecture.config import Edit, class_of, edit_config
 from merge_kit.architecture.ties import WITH_HEAD, embedding_for, is_tied
 from merge_kit.core.dtypes import is_float
@@ -224,7 +224,7 @@ def _config(text: str, model: Model, widths: Widths) -> str:
 
 def _edits(model: Model, widths: Widths) -> Iterator[Edit]:
     config, family, new = model.config or {}, widths.family, widths.new
-    changed: list[Kind] = widths.changed()
+    changed = widths.changed()
     for kind in changed:
         yield Edit((family.key(kind),), new.of(kind))
     if "hidden_size" in changed:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from merge_kit.architecture.axes import KINDS, Kind, Sizes, family_of, sizes_of
 from merge_kit.architecture.axis_names import Family
@@ -28,9 +29,14 @@ class Widths:
     new: Sizes
     asked: frozenset[str]
 
-    def changed(self) -> list[Kind]:
+    def changed(self) -> tuple[Kind, ...]:
         """Return the sizes that change."""
-        return [kind for kind in KINDS if self.old.of(kind) != self.new.of(kind)]
+        return _changed(self.old, self.new)
+
+
+@lru_cache(maxsize=16)
+def _changed(old: Sizes, new: Sizes) -> tuple[Kind, ...]:
+    return tuple(kind for kind in KINDS if old.of(kind) != new.of(kind))
 
 
 def widths_of(site: Site, method: WidthMethod, model: Model, like: Model | None) -> Widths:
