@@ -8,6 +8,7 @@ from typing import Any
 
 from merge_kit.architecture.config import Config, Edit, edit_config, read_config
 from merge_kit.architecture.experts import Layout
+from merge_kit.architecture.sections import is_int
 
 WHERE = "config.json"
 _THETA = "rope_theta"
@@ -134,8 +135,10 @@ def config_problem(config: Config, layout: Layout, layers: int) -> str:
         return f"mlp_bias is true, and experts of a {layout.model_type} have no biases"
     if config.get("attention_bias") and layout.model_type != "qwen3_moe":
         return f"attention_bias is true, and a {layout.model_type} has no bias after its attention"
-    kinds = set(_kinds(config, layers)) if layout.model_type == "qwen3_moe" else set()
-    if len(kinds) > 1:
+    problem = _window_problem(config, layers)
+    if problem:
+        return problem
+    if layout.model_type == "qwen3_moe" and len(set(_kinds(config, layers))) > 1:
         return (
             "some layers have a sliding window (layer_types, max_window_layers), and a qwen3_moe "
             "has one in all layers or in none"
@@ -144,6 +147,17 @@ def config_problem(config: Config, layout: Layout, layers: int) -> str:
     for name in names if isinstance(names, list) else ():
         if _twin(str(name), layout) is None:
             return f"the class {name} has no sparse twin"
+    return ""
+
+
+def _window_problem(config: Config, layers: int) -> str:
+    """Return what is wrong with the keys that say which layers have a sliding window."""
+    listed = config.get("layer_types")
+    if isinstance(listed, list) and len(listed) != layers:
+        return f"layer_types has {len(listed)} entries, expected one for each of {layers} layers"
+    first = config.get("max_window_layers", 0)
+    if config.get("use_sliding_window") and not is_int(first):
+        return f"max_window_layers is {first!r}, expected a whole number"
     return ""
 
 

@@ -14,6 +14,9 @@ from merge_kit.methods.structures import Listed, StructureMethod
 SPARSE_WORDS = ("all", "even", "odd")
 """What `sparse_layers` may be in place of a list."""
 
+MOST_EXPERTS = 4096
+"""More than any model has; each is three tensors in every layer."""
+
 
 @register("sparse_upcycle")
 @dataclass(frozen=True, kw_only=True)
@@ -32,8 +35,8 @@ class SparseUpcycle(StructureMethod):
     residual_scale 1 compute just what the dense model does.
 
     Attributes:
-        num_experts: How many experts a sparse layer has; by default one a model, and 8 copies of
-            a single one.
+        num_experts: How many experts a sparse layer has, 1 to 4,096; by default one a model, and 8
+            copies of a single one.
         experts_per_token: How many of them each token passes, at most num_experts.
         architecture: Layout of the result; by default that of the base's model_type: llama and
             mistral become mixtral, qwen2 becomes qwen2_moe, qwen3 becomes qwen3_moe.
@@ -75,8 +78,9 @@ class SparseUpcycle(StructureMethod):
     residual_scale: PerModel[float] = per_model(1.0)
 
     def __post_init__(self) -> None:
-        if self.num_experts is not None and self.num_experts < 1:
-            raise ParameterError("num_experts", f"is {self.num_experts}, expected at least 1")
+        if self.num_experts is not None and not 1 <= self.num_experts <= MOST_EXPERTS:
+            problem = f"is {self.num_experts:,}, expected 1 to {MOST_EXPERTS:,}"
+            raise ParameterError("num_experts", problem)
         self._check_top_k()
         if self.router_scale is not None and not 0 <= self.router_scale < math.inf:
             problem = f"is {self.router_scale:g}, expected a finite number of at least 0"

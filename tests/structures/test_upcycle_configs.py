@@ -161,6 +161,13 @@ def test_layers_of_a_qwen2_keep_their_windows(values, kinds):
             {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
             "sliding window",
         ),
+        ("qwen2", "qwen2_moe", {"layer_types": ["full_attention"]}, "layer_types has 1 entries"),
+        (
+            "qwen3",
+            "qwen3_moe",
+            {"use_sliding_window": True, "max_window_layers": "x"},
+            "max_window_layers is 'x'",
+        ),
         ("qwen3", "qwen3_moe", {"attention_bias": True, "use_sliding_window": True}, ""),
         ("llama", "mixtral", {"mlp_bias": False, "attention_bias": False}, ""),
     ],

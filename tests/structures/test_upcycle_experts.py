@@ -331,6 +331,17 @@ class TestSharedExpert:
         dense_models.load(tmp_path / "out")
 
 
+def test_the_plan_says_what_becomes_of_the_layers(tmp_path):
+    base = dense_models.saved(tmp_path / "base", "qwen3")
+    said = {
+        "odd": "8 experts in layer 1 of 3 (qwen3_moe), of which a token passes 2",
+        "even": "8 experts in layers 0, 2 of 3 (qwen3_moe), of which a token passes 2",
+        "all": "8 experts in every layer (qwen3_moe), of which a token passes 2",
+    }
+    for word, sentence in said.items():
+        assert sentence in plan(recipe({"base": base}, sparse_layers=word)).notes
+
+
 def test_a_router_of_zeros_is_said_to_choose_the_same_experts(folders):
     notes = plan(recipe(folders, router="zero")).notes
     assert any("every token passes the same 2 of 8" in note for note in notes)

@@ -56,7 +56,8 @@ def edited(folder, tmp_path, **values):
 @pytest.mark.parametrize(
     ("parameters", "problem"),
     [
-        ({"num_experts": 0}, "num_experts is 0, expected at least 1"),
+        ({"num_experts": 0}, "num_experts is 0, expected 1 to 4,096"),
+        ({"num_experts": 10**7}, "num_experts is 10,000,000, expected 1 to 4,096"),
         ({"experts_per_token": 0}, "experts_per_token is 0, expected at least 1"),
         ({"num_experts": 2, "experts_per_token": 3}, "is 3, and there are 2 experts"),
         ({"num_experts": 1}, "is 2, and there are 1 experts"),

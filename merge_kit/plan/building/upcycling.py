@@ -119,11 +119,11 @@ def _why(cast: Cast, dense: Dense, name: str) -> str:
 def _notes(site: Site, cast: Cast) -> Iterator[str]:
     method, count, layout = cast.method, len(cast.experts), cast.layout
     top_k = method.experts_per_token
-    layers = f"all {len(cast.layers)} layers"
-    if cast.dense_layers:
-        layers = f"layers {', '.join(map(str, cast.layers))} of {cast.base.stack.count}"
+    numbers = ", ".join(map(str, cast.layers))
+    layers = f"layer{'s' * (len(cast.layers) > 1)} {numbers} of {cast.base.stack.count}"
     yield (
-        f"{layers} get {count} experts ({layout.model_type}), of which a token passes {top_k}"
+        f"{count} experts in {layers if cast.dense_layers else 'every layer'} "
+        f"({layout.model_type}), of which a token passes {top_k}"
         + (" beside the shared one" if cast.shared is not None else "")
     )
     if method.router == "zero" and top_k < count:
