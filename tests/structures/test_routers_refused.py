@@ -44,7 +44,8 @@ def found_problem(base, router, prompts=PROMPTS):
 def test_an_expert_without_prompts_is_named(router, base):
     error = planned_problem(base, router, (WEATHER, None, Prompts(())))
     assert isinstance(error, PlanError)
-    assert error.problem == f"router {router} needs prompts, and expert 1 and expert 2 has none"
+    said = f"router {router} needs prompts, and there are none for expert 1 and expert 2"
+    assert error.problem == said
     assert "positive_prompts" in error.hint
 
 

@@ -33,6 +33,9 @@ in 9.5 MB."""
 _CALL_BYTES = 1000
 """What is noted of the call of one layer for one prompt, about."""
 
+_THREAD_BYTES = 10_000_000
+"""What an allocator keeps of a thread that has computed a result of another stage."""
+
 _F32 = 4
 _BEFORE = 8
 """Tokens that a prompt may have beside those of its bytes."""
@@ -123,5 +126,5 @@ def _reading_bytes(sources: Iterable[Source]) -> int:
 def _one_reading(source: Source) -> int:
     count = elements(source)
     own = kept_bytes(source, _F32) + spare_bytes(source, count, _F32) + raw_bytes(source, count)
-    steps = [sized(merged.step, None) for merged in merged_below(source)]
-    return own + worker_count(None) * max((step.peak_bytes for step in steps), default=0)
+    steps = [sized(merged.step, None).peak_bytes for merged in merged_below(source)]
+    return own + (worker_count(None) * (max(steps) + _THREAD_BYTES) if steps else 0)

@@ -56,7 +56,7 @@ def _missing(site: Site, router: str, sets: Sequence[PromptSet]) -> Iterator[Pla
     lacking = [one.expert for one in sets if not one.positive]
     if lacking:
         yield PlanError(
-            f"router {router} needs prompts, and {_listed(lacking)} has none",
+            f"router {router} needs prompts, and there are none for {_listed(lacking)}",
             where=str(_mark(site)),
             hint="give each model of the list positive_prompts: [...], or take router: random",
         )
