@@ -12,7 +12,7 @@ from merge_kit.engine.operands import Operands
 from merge_kit.engine.products import forget
 from merge_kit.engine.workspace import Workspace
 from merge_kit.errors import InterruptedRun, NonFiniteError
-from merge_kit.plan.building.matching_task import DISTANCE, ORDER, Compared, ExpertMatching, Slot
+from merge_kit.plan.building.matching_task import DISTANCE, ORDER, ExpertMatching, Slot
 
 
 def match_experts(
@@ -27,13 +27,17 @@ def match_experts(
         NonFiniteError: If an expert holds NaN or infinity.
         InterruptedRun: If `stop` was set.
     """
-    sums = _Sums(task.count)
+    sums, work = _Sums(task.count), Workspace()
+    held = torch.empty(2, task.count, task.longest, dtype=torch.float64)
     for part in task.parts:
-        for start in range(0, part.size, task.run_elements):
+        for start in range(0, part.size, task.longest):
             if stop.is_set():
                 raise InterruptedRun(2, hint="run the same command again to go on from here")
-            end = min(start + task.run_elements, part.size)
-            sums.add(*_read(operands, part, start, end))
+            end = min(start + task.longest, part.size)
+            sides = held[:, :, : end - start]
+            for rows, slots in zip(sides, (part.reference, part.model), strict=True):
+                _read(operands, slots, (start, end), rows, work)
+            sums.add(sides[0], sides[1])
     if not bool(torch.isfinite(sums.products).all()):
         raise NonFiniteError(
             "experts hold NaN or infinity, or numbers too large to be compared",
@@ -77,22 +81,14 @@ def _squares(rows: Tensor) -> Tensor:
     return torch.stack([row.dot(row) for row in rows])
 
 
-def _read(operands: Operands, part: Compared, start: int, stop: int) -> tuple[Tensor, Tensor]:
-    """Return elements [start, stop) of every expert on both sides."""
-    work = Workspace()
-    sides = part.reference, part.model
-    reference, model = (_rows(operands, slots, start, stop, work) for slots in sides)
-    return reference, model
-
-
-def _rows(
-    operands: Operands, slots: Sequence[Slot], start: int, stop: int, work: Workspace
-) -> Tensor:
-    rows = torch.empty(len(slots), stop - start, dtype=torch.float64)
+def _read(
+    operands: Operands, slots: Sequence[Slot], span: tuple[int, int], rows: Tensor, work: Workspace
+) -> None:
+    """Fill rows, one an expert, with a run of its elements."""
+    start, stop = span
     for row, slot in zip(rows, slots, strict=True):
         operands.read(slot.source, slot.start + start, slot.start + stop, row, work)
         forget(slot.source, work)
-    return rows
 
 
 def best_order(products: Tensor) -> list[int]:

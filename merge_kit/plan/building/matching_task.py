@@ -18,7 +18,7 @@ DISTANCE = "distance"
 SOLVER_BYTES = 48_000_000
 """What the code of the linear assignment takes; it stays for the run."""
 
-_BUFFER_BYTES = 32 << 20
+_BUFFER_BYTES = 8 << 20  # less is slower for calls, more for the cache
 _LEAST = 1024
 
 
@@ -59,12 +59,12 @@ class ExpertMatching:
     parts: tuple[Compared, ...]
 
     @property
-    def run_elements(self) -> int:
-        """Elements of each expert that are held at once, in float64: it decides how sums round."""
+    def longest(self) -> int:
+        """Most elements of each expert that are held at once; it decides how sums round."""
         run = _LEAST
         while 2 * run * self.count * 16 <= _BUFFER_BYTES:
             run *= 2
-        return run
+        return min(run, max(part.size for part in self.parts))
 
 
 def matching(key: str, task: ExpertMatching, *, first: bool) -> Artefact:
@@ -73,7 +73,7 @@ def matching(key: str, task: ExpertMatching, *, first: bool) -> Artefact:
     Args:
         first: Whether it is the first of the stage, which brings the code of the solver.
     """
-    count, run = task.count, task.run_elements
+    count, run = task.count, task.longest
     slots = [slot for part in task.parts for slot in (*part.reference, *part.model)]
     sources = list({id(slot.source): slot.source for slot in slots}.values())
     read = max(kept_bytes(s, 8) + spare_bytes(s, run, 8) + raw_bytes(s, run) for s in sources)
