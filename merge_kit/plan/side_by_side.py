@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -18,6 +18,7 @@ from merge_kit.architecture.layer_sizes import (
 from merge_kit.architecture.sections import section_of
 from merge_kit.architecture.stacks import Stack
 from merge_kit.errors import MismatchError
+from merge_kit.plan.items import Item
 from merge_kit.plan.models import Model
 
 Shape = tuple[int, ...]
@@ -43,7 +44,8 @@ class SideBySide:
 
     def __init__(self, donor: Model, stack: Stack) -> None:
         self._donor, self._stack = donor, stack
-        self._seen: set[tuple[str, str]] = set()  # label of the model, kind of problem
+        self._refused: set[str] = set()  # labels of models
+        self._noted: set[str] = set()
 
     def problem(self, model: Model, stack: Stack, layer: int, where: str) -> MismatchError | None:
         """Return why a layer cannot stand beside the donor's, None where it can or was said so."""
@@ -55,9 +57,9 @@ class SideBySide:
             or self._kind(model, stack, layer, shapes)
             or self._heads(model, stack, layer)
         )
-        if found is None or (model.label, found[1]) in self._seen:
+        if found is None or model.label in self._refused:
             return None
-        self._seen.add((model.label, found[1]))
+        self._refused.add(model.label)
         return MismatchError(found[0], where=where, hint=found[1])
 
     def _size(
@@ -117,12 +119,31 @@ class SideBySide:
         )
         return problem, "stack layers with the same heads"
 
+    def outside(self, items: Sequence[Item], where: str) -> Iterator[MismatchError]:
+        """Yield an error for each tensor outside the layers whose shape is not the donor's."""
+        for item in items:
+            if not item.parts or item.name not in self._donor.tensors:
+                continue
+            part = item.parts[0]
+            shape = part.model.tensors[part.name].spec.shape
+            here = self._donor.tensors[item.name].spec.shape
+            if shape == here or _is_mask(item.name, shape) or part.model.label in self._refused:
+                continue
+            keys = differing_keys(self._config, _config(part.model, self._stack), here, shape)
+            yield MismatchError(
+                f"{item.name} of {part.model.label} has shape {list(shape)}, that of "
+                f"{self._donor.label}, whose config is taken, {list(here)}"
+                + "".join(f"; {key} differs" for key in keys),
+                where=where,
+                hint="the first slice gives what stands before the layers, the last what stands "
+                "after them: take both from models of one size and vocabulary",
+            )
+
     def note(self, model: Model, stack: Stack) -> str | None:
         """Return what of a model's config the output does not keep, once for each model."""
-        kind = (model.label, "note")
-        if model is self._donor or kind in self._seen:
+        if model is self._donor or model.label in self._noted:
             return None
-        self._seen.add(kind)
+        self._noted.add(model.label)
         other = _config(model, stack)
         keys = differing_settings(self._config, other, SETTINGS)
         said = ", ".join(f"{key} {_short(other[key])}" for key in keys)

@@ -64,8 +64,11 @@ class Slicer:
         before = self._outside(groups[0], "before")
         first = [(model, 0) for model in groups[0].models]
         before += self._layer(groups[0], 0, first, 0.0, extras=True)
-        after = self._outside(groups[-1], "after")
-        return [*before, *layers, *after, *self._own_head(groups[-1])]
+        after = [*self._outside(groups[-1], "after"), *self._own_head(groups[-1])]
+        for part, items in ((slices[0], before), (slices[-1], after)):
+            for error in beside.outside(items, str(part.mark)):
+                self.maker.findings.problem(error)
+        return [*before, *layers, *after]
 
     def _group(self, part: Slice, levels: Sequence[Parameters]) -> Group:
         base, method = part.base_model or self.maker.stage.base_model, part.merge_method
@@ -197,12 +200,12 @@ def _layers_of(group: Group) -> list[tuple[Taken, float]]:
 
 def _beyond(layers: Layers | None, model: Model, own: Stack | None) -> tuple[str, str]:
     """Return problem and hint for layers that a model does not have."""
-    key = "layers" if isinstance(layers, LayerList) else "layer_range"
     if own is None:
         stacks = ", ".join(f"{s.prefix} ({s.count})" for s in model.stacks) or "none"
-        return f"{key} {layers} of {model.label}, which has no such layers", f"it has: {stacks}"
+        return f"{model.label} has no layers of this place", f"its layers: {stacks}"
     has = f"{own.count} layers, numbered from 0"
+    if isinstance(layers, LayerList):
+        wrong = next(number for number in layers.numbers if number >= own.count)
+        return f"layer {wrong} is beyond {model.label}, which has {has}", "correct the list"
     hint = "the end of a range is not included"
-    if key == "layers":
-        hint = f"the last one is {own.count - 1}"
-    return f"{key} {layers} is beyond {model.label}, which has {has}", hint
+    return f"layer_range {layers} is beyond {model.label}, which has {has}", hint

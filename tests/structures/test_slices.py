@@ -93,7 +93,7 @@ def test_the_schema_refuses_them_too(source):
 
 def test_layers_beyond_a_model_are_refused_with_its_depth(toys):
     text = HEAD + "  - sources: [{model: IDX, layers: [0, 5]}]\n"
-    with pytest.raises(PlanError, match=r"layers \[0, 5\] is beyond .*IDX, which has 5 layers"):
+    with pytest.raises(PlanError, match=r"layer 5 is beyond .*IDX, which has 5 layers"):
         plan(text, toys)
     text = HEAD + "  - sources: [{model: IDX, layer_range: [0, 6]}]\n"
     with pytest.raises(PlanError, match=r"layer_range \[0, 6\] is beyond .*which has 5 layers"):
@@ -352,8 +352,9 @@ def test_a_slice_of_no_layers_still_gives_the_head(toys):
 
 def sized(folder: Path, hidden: int, wide: int, *, layers: int = 2, **more) -> Path:
     """Write a model of these sizes; `wide` may be a list with one entry a layer."""
+    vocabulary = more.pop("vocabulary", 3)
     tensors = {
-        "model.embed_tokens.weight": torch.zeros(3, hidden),
+        "model.embed_tokens.weight": torch.zeros(vocabulary, hidden),
         "model.norm.weight": torch.zeros(hidden),
     }
     for i in range(layers):
@@ -363,7 +364,7 @@ def sized(folder: Path, hidden: int, wide: int, *, layers: int = 2, **more) -> P
         if i in more.get("biased", ()):
             tensors[f"model.layers.{i}.up.bias"] = torch.zeros(width)
     more = {key: value for key, value in more.items() if key != "biased"}
-    sizes = {"hidden_size": hidden, "intermediate_size": wide}
+    sizes = {"hidden_size": hidden, "intermediate_size": wide, "vocab_size": vocabulary}
     return write(folder, tensors, config(layers, **{**sizes, **more}))
 
 
@@ -400,6 +401,19 @@ def test_a_base_that_only_lends_its_config_must_fit_too(tmp_path):
     sized(tmp_path / "base", 8, 8)
     with pytest.raises(MergeKitError, match="hidden_size is 4 there, 8 here"):
         plan("base_model: base\n" + both(), tmp_path)
+
+
+def test_a_head_of_another_vocabulary_is_refused(tmp_path):
+    sized(tmp_path / "x", 4, 8)
+    sized(tmp_path / "y", 4, 8)
+    sized(tmp_path / "base", 4, 8, vocabulary=5)
+    with pytest.raises(MismatchError) as caught:
+        plan("base_model: base\n" + both(), tmp_path)
+    assert caught.value.problem.startswith(
+        "model.embed_tokens.weight of input-1:x has shape [3, 4]"
+    )
+    assert "vocab_size differs" in caught.value.problem
+    assert caught.value.where == "<recipe>:4:5"
 
 
 def test_sizes_that_a_config_gives_layer_by_layer_may_differ(tmp_path):
