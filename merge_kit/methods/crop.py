@@ -13,7 +13,7 @@ from merge_kit.methods.widths import WidthMethod
 class Crop(WidthMethod):
     """Make a model narrower: of every axis the first rows and columns, of heads the first groups.
 
-    hidden_size H to H': weights of norms take the factor sqrt(H/H'), and rms_norm_eps H/H'
+    hidden_size H to H': weights of norms take the factor sqrt(H/H'), and rms_norm_eps H/H'.
 
     It undoes `pad`: crop(pad(x)) is x, bit for bit where sqrt(H/H') is a power of two, else to
     rounding of the scaled tensors. Of any other model it loses what is cut off, and the result

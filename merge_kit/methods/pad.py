@@ -14,9 +14,9 @@ class Pad(WidthMethod):
     """Make a model wider without changing what it computes: zeros for new rows and columns.
 
     hidden_size H to H': zeros behind every row and column of the hidden size; the mean square of a
-    hidden state falls by H/H', so weights of norms take the factor sqrt(H/H'), rms_norm_eps H/H'
-    intermediate_size: zero rows of the gate and up projections, zero columns of the down projection
-    heads: zero rows of q, k and v for whole groups at the end, zero columns of o
+    hidden state falls by H/H', so weights of norms take the factor sqrt(H/H'), rms_norm_eps H/H'.
+    intermediate_size: zero rows of the gate and up projections, zero columns of the down one.
+    heads: zero rows of q, k and v for whole groups at the end, zero columns of o.
 
     x/sqrt(mean(x^2) + eps) is then the same: sqrt(H/H') comes out of the root and meets the factor.
     Where queries and keys are normalised by head with the same rms_norm_eps (Qwen3), their

@@ -15,14 +15,14 @@ class Project(WidthMethod):
     """Bring a model to another hidden size by a basis: every hidden state x becomes P x.
 
     what writes to hidden states: P W, P b; what reads them: W diag(g) P^+, with g the weights of
-    the norm in front; embeddings: E P^T; norms: sqrt(H/H') everywhere, rms_norm_eps times H/H'
+    the norm in front; embeddings: E P^T; norms: sqrt(H/H') everywhere, rms_norm_eps times H/H'.
 
     A norm by the mean square commutes with a rotation, its weights do not: they go into the
     matrices that follow (q, k, v; gate, up, router, experts; the head). A tied head becomes one of
     its own for the same reason, and the config says so. P^+ is the pseudo-inverse; for the SVD
-    basis, and any other whose rows or columns are orthonormal, P^T. With the SVD basis and a hidden size that
-    is not smaller, the function is preserved: a rotation, and zeros. A smaller one keeps the
-    directions in which embeddings are longest, and loses the others. A matrix that is not
+    basis, and any other whose rows or columns are orthonormal, P^T. With the SVD basis and a hidden
+    size that is not smaller, the function is preserved: a rotation, and zeros. A smaller one keeps
+    the directions in which embeddings are longest, and loses the others. A matrix that is not
     orthonormal changes lengths, and with them what the norms do.
 
     The other sizes change by the rules of `pad` and `crop`, each axis by itself. The sizes are

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from math import log2
+from pathlib import Path
 
 import narrow
 import pytest
 import torch
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from narrow import KINDS, WIDER, change
@@ -288,3 +290,44 @@ def test_projections_keep_products(tmp_path_factory, first, step, seed):
         was = (before[layer + reads].double() * before[layer + norm].double()) @ one
         now = found[layer + reads].double() @ other
         torch.testing.assert_close(now, was, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["pad", "project"])
+def test_a_model_with_an_adapter_is_changed_as_the_merged_one(method, tmp_path):
+    demo = Path(__file__).parents[2] / "recipes" / "demo"
+    applied = f"{demo / 'base'}+{demo / 'adapter-sort'}"
+    merge({"merge_method": "passthrough", "models": [{"model": applied}]}, tmp_path / "merged")
+    dtypes = {t.dtype for t in tensors(tmp_path / "merged").values()}
+    for model, name in ((applied, "at_once"), (tmp_path / "merged", "in_turn")):
+        change(method, model, tmp_path / name, hidden_size=160)
+    found, expected = tensors(tmp_path / "at_once"), tensors(tmp_path / "in_turn")
+    assert found.keys() == expected.keys()
+    step = 2.0**-7 if dtypes == {torch.bfloat16} else 1e-6  # the merged one is rounded between
+    for name in found:
+        torch.testing.assert_close(found[name], expected[name], rtol=2 * step, atol=2 * step)
+
+
+def test_a_head_over_classes_takes_the_final_norm(tmp_path):
+    kind = transformers.LlamaForSequenceClassification
+    settings = {**narrow.SIZES, "num_labels": 3, "tie_word_embeddings": False}
+    torch.manual_seed(0)
+    model = kind(transformers.LlamaConfig(**settings)).eval()
+    with torch.no_grad():
+        model.model.norm.weight.uniform_(0.5, 2.0)
+    model.save_pretrained(tmp_path / "model")
+    change("project", tmp_path / "model", tmp_path / "out", hidden_size=48)
+    found, info = kind.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(info.values())
+    expected = narrow.logits(model)
+    torch.testing.assert_close(narrow.logits(found.eval()), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_tied_head_that_is_stored_all_the_same_is_left_out(tmp_path):
+    model = narrow.save("tied_llama", tmp_path / "model")
+    held = tensors(model)
+    stale = torch.zeros_like(held["model.embed_tokens.weight"])
+    save_file({**held, "lm_head.weight": stale}, model / "model.safetensors")
+    done = change("project", model, tmp_path / "out", hidden_size=48)
+    assert tensors(tmp_path / "out")["lm_head.weight"].abs().max() > 0
+    dropped = {f.tensor: f.why for f in done.plan.fates if f.what == "dropped"}
+    assert dropped == {"lm_head.weight": "a tied head is its embedding"}

@@ -50,7 +50,7 @@ def build(site: Site, method: StructureMethod) -> Built:
     assembly = Assembly(site.stage, model, None, left_out=maker.left_out)
     assembly.items = [one.item for one in made]
     if like is not None:
-        lender = like if like.overlay is None else like.overlay.under
+        lender = _below(like)
         for name in lender.tensors:
             assembly.left_out.setdefault((lender, name), f"{lender.label} lends its sizes only")
     parts = tuple(
@@ -60,6 +60,11 @@ def build(site: Site, method: StructureMethod) -> Built:
         for part in result_parts(assembly, made)
     )
     return Built(assembly, tuple(made), parts, () if basis is None else (basis.artefact,))
+
+
+def _below(model: Model) -> Model:
+    """Return a model without the adapters that are applied to it."""
+    return model if model.overlay is None else model.overlay.under
 
 
 def _models(site: Site) -> tuple[ModelRef, Model, Model | None]:
@@ -125,7 +130,7 @@ class _Maker:
         made: list[Made] = []
         for name, one in placed.items():
             if unties and name == _HEAD:
-                self.left_out[self.model, name] = "a tied head is its embedding"
+                self.left_out[_below(self.model), name] = "a tied head is its embedding"
                 continue
             made.append(self._tensor(name, one))
         return [*made, self._head(placed)] if unties else made
