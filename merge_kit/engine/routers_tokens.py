@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from merge_kit.errors import CheckpointError, MergeKitError, PlanError
-from merge_kit.plan.building.routers_tasks import PromptSet, Question
+from merge_kit.plan.building.routers_tasks import PromptSet, Question, most_tokens
 
 Tokens = tuple[int, ...]
 
@@ -89,6 +89,12 @@ def _check(question: Question, one: PromptSet, found: Mapping[str, Tokens]) -> N
                 f"a prompt of {one.expert} has no tokens: {_shown(text)}",
                 where=question.label,
                 hint="write some words",
+            )
+        if len(tokens) > most_tokens(text):
+            raise PlanError(
+                f"a prompt of {one.expert} has more tokens than bytes: {_shown(text)}",
+                where=question.label,
+                hint="write it in plain letters",
             )
         if max(tokens) >= rows or min(tokens) < 0:
             raise CheckpointError(

@@ -91,7 +91,7 @@ def finish(draft: Draft, recipe: Recipe, limits: Limits) -> Plan:
     tensors = len(draft.fates) + len(steps)
     spilled = [with_spills(step) for step in (*steps, *draft.feeding, *draft.looks)]
     blocks = [limits.slab_blocks] if limits.slab_blocks is not None else None
-    kept = sum(one.kept_bytes for one in draft.artefacts)
+    kept = _kept_bytes(draft.artefacts)
     room = None if limits.memory_bytes is None else limits.memory_bytes - kept
     every, peak = cost.fit(spilled, workers, tensors, room, blocks)
     sized, rest = every[: len(steps)], every[len(steps) :]
@@ -133,7 +133,7 @@ def _with_artefacts(bill: Bill, artefacts: Sequence[Artefact], limits: Limits) -
     if not artefacts:
         return bill
     _refuse_whole_models(artefacts)
-    kept = sum(one.kept_bytes for one in artefacts)
+    kept = _kept_bytes(artefacts)
     worst = max(artefacts, key=lambda one: one.peak_bytes)
     alone = process_bytes() + ALGEBRA_BYTES + kept + worst.peak_bytes
     if limits.memory_bytes is not None and alone > limits.memory_bytes:
@@ -150,6 +150,12 @@ def _with_artefacts(bill: Bill, artefacts: Sequence[Artefact], limits: Limits) -
         solves=bill.solves + sum(one.flops > 0 for one in artefacts),
         peak_bytes=max(bill.peak_bytes + kept, alone),
     )
+
+
+def _kept_bytes(artefacts: Sequence[Artefact]) -> int:
+    """Return what artefacts take during the run, and the libraries that found them."""
+    libraries = max((one.library_bytes for one in artefacts), default=0)
+    return libraries + sum(one.kept_bytes for one in artefacts)
 
 
 def _refuse_whole_models(artefacts: Sequence[Artefact]) -> None:

@@ -176,6 +176,8 @@ class Artefact:
         kept_bytes: Memory that they take during the run.
         read_bytes: Bytes that are read of the inputs.
         flops: Operations of products and decompositions.
+        library_bytes: Memory of libraries that only finding them needs, and that stays; artefacts
+            share it.
     """
 
     key: str
@@ -184,6 +186,7 @@ class Artefact:
     kept_bytes: int
     read_bytes: int = 0
     flops: float = 0.0
+    library_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -74,6 +74,13 @@ def tokenizer(kind: str) -> Any:
     )
 
 
+def tokenizer_of(normalizer: Any) -> Any:
+    """Return a tokenizer of words that changes texts first."""
+    made = tokenizer("llama")
+    made.backend_tokenizer.normalizer = normalizer
+    return made
+
+
 def ids(kind: str, text: str) -> list[int]:
     """Return the tokens of a prompt, worked out by hand."""
     if kind == "qwen2":

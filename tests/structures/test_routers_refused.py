@@ -10,6 +10,7 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers.normalizers import Replace
 
 from merge_kit.errors import CheckpointError, MergeKitError, MismatchError, PlanError, SolveError
 from merge_kit.plan.building import routers_found
@@ -208,6 +209,22 @@ def test_values_that_are_not_finite_are_named(base):
     save_file(tensors, path)
     error = found_problem(base, "hidden")
     assert error.problem == "the prompts of expert 0 give values that are not finite in layer 2"
+
+
+def test_a_text_that_grows_into_many_tokens_is_refused(base):
+    """The plan's memory goes by bytes."""
+    prompted.tokenizer_of(Replace("x", "sun " * 30)).save_pretrained(base)
+    error = found_problem(base, "cheap_embed", (Prompts(("x",)), WEATHER))
+    assert isinstance(error, PlanError)
+    assert error.problem == "a prompt of expert 0 has more tokens than bytes: 'x'"
+
+
+def test_a_text_of_no_tokens_is_refused(base):
+    settings = json.loads((base / "tokenizer_config.json").read_text())
+    settings["bos_token"] = None
+    (base / "tokenizer_config.json").write_text(json.dumps(settings))
+    error = found_problem(base, "cheap_embed", (Prompts(("  ",)), WEATHER))
+    assert error.problem == "a prompt of expert 0 has no tokens: '  '"
 
 
 @pytest.mark.parametrize("router", ROUTERS)

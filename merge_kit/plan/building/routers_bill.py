@@ -12,6 +12,7 @@ from merge_kit.plan.building.routers_tasks import (
     EmbeddedRouters,
     HiddenRouters,
     Question,
+    most_tokens,
 )
 from merge_kit.plan.cost import sized, worker_count
 from merge_kit.plan.residency import kept_bytes, raw_bytes, spare_bytes
@@ -37,8 +38,6 @@ _THREAD_BYTES = 10_000_000
 """What an allocator keeps of a thread that has computed a result of another stage."""
 
 _F32 = 4
-_BEFORE = 8
-"""Tokens that a prompt may have beside those of its bytes."""
 
 
 def embedded_bill(key: str, task: EmbeddedRouters) -> Artefact:
@@ -50,9 +49,10 @@ def embedded_bill(key: str, task: EmbeddedRouters) -> Artefact:
         key,
         task,
         peak_bytes=_F32 * width * (tokens + 4 * max(lengths, default=0))
-        + _reading_bytes([question.embedding]),
-        kept_bytes=_kept_bytes(question, 1) + TOKENIZER_BYTES,
+        + _one_reading(question.embedding, tokens * width),
+        kept_bytes=_row_room(question, 1),
         read_bytes=_row_bytes(question, tokens),
+        library_bytes=TOKENIZER_BYTES + _vocabulary_bytes(question),
     )
 
 
@@ -72,10 +72,11 @@ def hidden_bill(key: str, task: HiddenRouters, config: Mapping[str, object]) -> 
         task,
         peak_bytes=_F32 * (layer + states + moment)
         + calls
-        + _reading_bytes([question.embedding, *sources]),
-        kept_bytes=_kept_bytes(question, len(task.layers)) + TOKENIZER_BYTES + MODEL_BYTES,
+        + max(_one_reading(question.embedding, tokens * width), _reading_bytes(sources)),
+        kept_bytes=_row_room(question, len(task.layers)),
         read_bytes=_row_bytes(question, tokens) + sum(map(_read_bytes, sources)),
         flops=2.0 * tokens * sum(map(elements, sources)),
+        library_bytes=TOKENIZER_BYTES + MODEL_BYTES + _vocabulary_bytes(question),
     )
 
 
@@ -91,21 +92,22 @@ def _whole_number(config: Mapping[str, object], key: str) -> int:
 
 
 def _tokens(question: Question) -> list[int]:
-    """Return the most tokens that each prompt can have: no token is less than a byte."""
-    texts = (text for one in question.sets for text in one.texts)
-    return [len(text.encode(errors="replace")) + _BEFORE for text in texts]
+    return [most_tokens(text) for one in question.sets for text in one.texts]
 
 
 def _width(question: Question) -> int:
     return prod(question.embedding.shape[1:])
 
 
-def _kept_bytes(question: Question, layers: int) -> int:
-    """Return what stays: the rows, and the tokenizer, whose memory no allocator gives back."""
+def _row_room(question: Question, layers: int) -> int:
+    """Return the memory of the rows that are found."""
+    return _F32 * layers * len(question.sets) * _width(question)
+
+
+def _vocabulary_bytes(question: Question) -> int:
+    """Return the memory of the tokenizer, which no allocator gives back."""
     files = [path for path in question.folder.glob("*") if is_tokenizer_file(path.name)]
-    vocabulary = VOCABULARY_FACTOR * sum(path.stat().st_size for path in files)
-    rows = _F32 * layers * len(question.sets) * _width(question)
-    return rows + vocabulary
+    return VOCABULARY_FACTOR * sum(path.stat().st_size for path in files)
 
 
 def _row_bytes(question: Question, rows: int) -> int:
@@ -120,11 +122,10 @@ def _read_bytes(source: Source) -> int:
 
 def _reading_bytes(sources: Iterable[Source]) -> int:
     """Return what reading any of these whole takes beside what is read."""
-    return max((_one_reading(source) for source in sources), default=0)
+    return max((_one_reading(source, elements(source)) for source in sources), default=0)
 
 
-def _one_reading(source: Source) -> int:
-    count = elements(source)
+def _one_reading(source: Source, count: int) -> int:
     own = kept_bytes(source, _F32) + spare_bytes(source, count, _F32) + raw_bytes(source, count)
     steps = [sized(merged.step, None).peak_bytes for merged in merged_below(source)]
     return own + (worker_count(None) * (max(steps) + _THREAD_BYTES) if steps else 0)

@@ -21,6 +21,15 @@ EXPERTS, SHARED = "experts", "shared"
 """Names of the found tensors; where layers differ, their number follows."""
 
 
+_BEFORE = 8
+"""Tokens that a prompt may have beside those of its bytes."""
+
+
+def most_tokens(text: str) -> int:
+    """Return how many tokens a prompt may have: hardly one is less than a byte."""
+    return len(text.encode(errors="replace")) + _BEFORE
+
+
 def found_name(name: str, layer: int | None) -> str:
     """Return the name of a found tensor: of one layer, or of all."""
     return name if layer is None else f"{name}.{layer}"
