@@ -30,6 +30,7 @@ from demo_text import SKILLS, Example, general_text, held_out_text, training_tex
 from demo_training import Schedule, optimizer_of, step
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.utils import logging
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = ROOT / "recipes"
@@ -245,6 +246,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Train everything and print the losses."""
     options, results = _arguments(argv), []
+    logging.disable_progress_bar()
     trainer = Trainer(tokens_of(RECIPES / "demo" / "base"), options.steps, options.device)
     chosen = [c for c in CASES if not options.only or any(part in c.name for part in options.only)]
     with TemporaryDirectory(prefix="merge_kit-") as spare:
