@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from merge_kit.architecture.config import Config, Edit, edit_config, read_config
 from merge_kit.architecture.experts import Layout
-from merge_kit.architecture.sections import is_int
+from merge_kit.architecture.experts_windows import (
+    attention_kinds,
+    window_problem,
+    window_values,
+)
 
 WHERE = "config.json"
 _THETA = "rope_theta"
@@ -114,7 +118,7 @@ def sparse_config(text: str, layout: Layout, sparsity: Sparsity) -> str:
         **_widths(layout, sparsity),
         layout.count_key: sparsity.experts,
         "num_experts_per_tok": sparsity.top_k,
-        **_windows(config, layout, sparsity.layers),
+        **window_values(config, layout, sparsity.layers),
         "output_router_logits": False,
         "router_aux_loss_coef": 0.001,
     }
@@ -135,10 +139,10 @@ def config_problem(config: Config, layout: Layout, layers: int) -> str:
         return f"mlp_bias is true, and experts of a {layout.model_type} have no biases"
     if config.get("attention_bias") and layout.model_type != "qwen3_moe":
         return f"attention_bias is true, and a {layout.model_type} has no bias after its attention"
-    problem = _window_problem(config, layers)
+    problem = window_problem(config, layers)
     if problem:
         return problem
-    if layout.model_type == "qwen3_moe" and len(set(_kinds(config, layers))) > 1:
+    if layout.model_type == "qwen3_moe" and len(set(attention_kinds(config, layers))) > 1:
         return (
             "some layers have a sliding window (layer_types, max_window_layers), and a qwen3_moe "
             "has one in all layers or in none"
@@ -147,17 +151,6 @@ def config_problem(config: Config, layout: Layout, layers: int) -> str:
     for name in names if isinstance(names, list) else ():
         if _twin(str(name), layout) is None:
             return f"the class {name} has no sparse twin"
-    return ""
-
-
-def _window_problem(config: Config, layers: int) -> str:
-    """Return what is wrong with the keys that say which layers have a sliding window."""
-    listed = config.get("layer_types")
-    if isinstance(listed, list) and len(listed) != layers:
-        return f"layer_types has {len(listed)} entries, expected one for each of {layers} layers"
-    first = config.get("max_window_layers", 0)
-    if config.get("use_sliding_window") and not is_int(first):
-        return f"max_window_layers is {first!r}, expected a whole number"
     return ""
 
 
@@ -210,36 +203,3 @@ def _widths(layout: Layout, sparsity: Sparsity) -> dict[str, Any]:
         "mlp_only_layers": list(sparsity.dense_layers),
         "norm_topk_prob": True,
     }
-
-
-def _windows(config: Config, layout: Layout, layers: int) -> dict[str, Any]:
-    """Return the keys on sliding windows, so that every layer keeps its own."""
-    kind = str(config["model_type"])
-    if layout.model_type == "mixtral":
-        return {"sliding_window": None} if kind == "llama" else {}
-    window = config.get("sliding_window", 4096)
-    if kind == "mistral":
-        if window is None:
-            return {}
-        every = ["sliding_attention"] * layers
-        return {"use_sliding_window": True, "max_window_layers": 0, "layer_types": every}
-    kinds = _kinds(config, layers)
-    if layout.model_type == "qwen3_moe":
-        if "sliding_attention" not in kinds:
-            return {"use_sliding_window": False} if config.get("use_sliding_window") else {}
-        return {"max_window_layers": 0}
-    if config.get("use_sliding_window") and not config.get("layer_types"):
-        return {"layer_types": kinds}
-    return {}
-
-
-def _kinds(config: Config, layers: int) -> Sequence[str]:
-    """Return the attention of each layer of a Qwen2 or Qwen3."""
-    full = ["full_attention"] * layers
-    if not config.get("use_sliding_window") or config.get("sliding_window", 4096) is None:
-        return full
-    listed = config.get("layer_types")
-    if isinstance(listed, list):
-        return [str(kind) for kind in listed]
-    first = config.get("max_window_layers", 28)
-    return ["sliding_attention" if i >= first else kind for i, kind in enumerate(full)]

@@ -30,9 +30,32 @@ class SparseUpcycle(StructureMethod):
 
     Models: base_model alone or one model gives num_experts copies (8 by default); several models
     give one expert each. A num_experts that is a multiple of the number of models repeats them in
-    turn: 0, 1, 2, 0, 1, 2. What every token passes of all experts is weighed by the softmax over
-    the experts_per_token largest router logits, so that copies without noise and with
-    residual_scale 1 compute just what the dense model does.
+    turn: 0, 1, 2, 0, 1, 2. Models, adapters on models, and named stages do alike; of each the MLPs
+    are taken, and of all else nothing unless non_experts is average. Without a base_model the first
+    model is the base. What a token passes is weighed by the softmax over its experts_per_token
+    largest router logits, so that copies without noise and with residual_scale 1 compute just what
+    the dense model does.
+
+    Files: a tensor for each matrix of each expert, which versions 4 and 5 of transformers both
+    read: block_sparse_moe.experts.E.w1, w3, w2 (gate, up, down) and block_sparse_moe.gate in a
+    mixtral; mlp.experts.E.gate_proj, up_proj, down_proj and mlp.gate in the others, with
+    mlp.shared_expert and mlp.shared_expert_gate (1, hidden) in a qwen2_moe. config.json is the
+    base's, key by key: class, model_type, counts and widths of experts, norm_topk_prob true. What
+    the base leaves to its class is written where the sparse class has another default. A sliding
+    window stays in every layer that has one: a mixtral of a Llama has none, one of a Mistral the
+    Mistral's. Tied heads stay tied. A Llama or Mistral that becomes a qwen2_moe gets biases of
+    zero. Biases that the layout has no place for, windows in some layers of a Qwen3, and
+    architectures without a sparse twin are refused.
+
+    What is added to the shared expert of a qwen2_moe is weighed by a sigmoid of its own and not
+    part of the softmax: only with an output projection of zero (the default) does the result
+    compute what the base does. A router of zeros sends every token to the same experts until it is
+    trained, since the largest of equal logits are the first.
+
+    Differences: mergekit-moe writes fused experts for a mixtral and a qwen3_moe, which version 4 of
+    transformers does not read, switches sliding windows off, takes all else from the base alone
+    (Branch-Train-MiX averages it), and draws random routers of standard deviation 1, whose softmax
+    is nearly one-hot; router_scale: 1 does the same here.
 
     Attributes:
         num_experts: How many experts a sparse layer has, 1 to 4,096; by default one a model, and 8

@@ -16,6 +16,7 @@ from merge_kit.architecture.experts_config import (
     config_problem,
     sparse_config,
 )
+from merge_kit.architecture.experts_windows import version_notes
 
 PAIRS = [(kind, name) for name, layout in LAYOUTS.items() for kind in layout.sources]
 CLASSES = {
@@ -176,3 +177,14 @@ def test_what_the_layout_cannot_say_is_named(kind, name, values, problem):
     found = config_problem({"model_type": kind, **values}, LAYOUTS[name], 3)
     assert problem in found
     assert bool(problem) == bool(found)
+
+
+def test_what_version_4_of_transformers_does_not_read_is_noted():
+    windows = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}
+    (note,) = version_notes(converted("qwen2", "qwen2_moe", windows), 3)
+    assert "layer_types" in note
+    heads = {"head_dim": 16, "num_attention_heads": 4, "hidden_size": 32, "sliding_window": 4}
+    (note,) = version_notes(converted("mistral", "qwen2_moe", heads), 3)
+    assert "head_dim is 16 for 4 heads in a width of 32" in note
+    assert not list(version_notes(converted("mistral", "mixtral", heads), 3))
+    assert not list(version_notes(converted("qwen2", "qwen2_moe", {}), 3))

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from merge_kit.architecture.experts import BUFFERS, MLP
 from merge_kit.architecture.experts_config import Sparsity, sparse_config
+from merge_kit.architecture.experts_windows import version_notes
 from merge_kit.architecture.stacks import split_layer
 from merge_kit.methods.sparse_upcycle import SparseUpcycle
 from merge_kit.methods.structures import StructureMethod
@@ -62,6 +63,9 @@ def build(site: Site, method: StructureMethod) -> Built:
         _sparse(part, cast, shape[1]) if part.path == main.path else part
         for part in result_parts(assembly, made)
     )
+    for text in (part.config_text for part in parts if part.path == main.path):
+        for note in version_notes(text, cast.base.stack.count) if text is not None else ():
+            site.findings.note(note)
     return Built(assembly, made, parts, routers.artefacts)
 
 
