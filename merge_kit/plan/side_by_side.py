@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
+from merge_kit.architecture.config import read_config
 from merge_kit.architecture.layer_sizes import (
     HEADS,
     SETTINGS,
@@ -46,6 +47,7 @@ class SideBySide:
         self._donor, self._stack = donor, stack
         self._refused: set[str] = set()  # labels of models
         self._noted: set[str] = set()
+        self._configs: dict[tuple[str, str], Mapping[str, Any]] = {}
 
     def problem(self, model: Model, stack: Stack, layer: int, where: str) -> MismatchError | None:
         """Return why a layer cannot stand beside the donor's, None where it can or was said so."""
@@ -66,7 +68,7 @@ class SideBySide:
         self, model: Model, stack: Stack, layer: int, shapes: Mapping[str, Shape]
     ) -> tuple[str, str] | None:
         """Return problem and hint for a tensor of a shape that no layer of the donor has."""
-        one, other = self._config, _config(model, stack)
+        one, other = self._config, self._config_of(model, stack)
         free = sizes_by_layer(one, self._stack.count) or sizes_by_layer(other, stack.count)
         for suffix, shape in shapes.items():
             own = self._own.get(suffix)
@@ -93,7 +95,7 @@ class SideBySide:
             return None
         nearest = min(self._kinds, key=lambda kind: (len(kind ^ suffixes), sorted(kind)))
         odd = sorted(nearest ^ suffixes)
-        types = self._config.get("model_type"), _config(model, stack).get("model_type")
+        types = self._config.get("model_type"), self._config_of(model, stack).get("model_type")
         biases = all(suffix.endswith("bias") for suffix in odd)
         if not biases and (types[0] == types[1] or None in types):
             return None  # kinds of layers that one architecture may mix
@@ -107,7 +109,7 @@ class SideBySide:
 
     def _heads(self, model: Model, stack: Stack, layer: int) -> tuple[str, str] | None:
         """Return problem and hint for a layer whose matrices would be divided otherwise."""
-        other = _config(model, stack)
+        other = self._config_of(model, stack)
         keys = differing_settings(self._config, other, HEADS)
         if not keys:
             return None
@@ -129,7 +131,9 @@ class SideBySide:
             here = self._donor.tensors[item.name].spec.shape
             if shape == here or _is_mask(item.name, shape) or part.model.label in self._refused:
                 continue
-            keys = differing_keys(self._config, _config(part.model, self._stack), here, shape)
+            keys = differing_keys(
+                self._config, self._config_of(part.model, self._stack), here, shape
+            )
             yield MismatchError(
                 f"{item.name} of {part.model.label} has shape {list(shape)}, that of "
                 f"{self._donor.label}, whose config is taken, {list(here)}"
@@ -144,7 +148,7 @@ class SideBySide:
         if model is self._donor or model.label in self._noted:
             return None
         self._noted.add(model.label)
-        other = _config(model, stack)
+        other = self._config_of(model, stack)
         keys = differing_settings(self._config, other, SETTINGS)
         said = ", ".join(f"{key} {_short(other[key])}" for key in keys)
         here = ", ".join(f"{key} {_short(self._config[key])}" for key in keys)
@@ -168,7 +172,13 @@ class SideBySide:
 
     @cached_property
     def _config(self) -> Mapping[str, Any]:
-        return _config(self._donor, self._stack)
+        return self._config_of(self._donor, self._stack)
+
+    def _config_of(self, model: Model, stack: Stack) -> Mapping[str, Any]:
+        key = model.label, stack.prefix
+        if key not in self._configs:
+            self._configs[key] = _config(model, stack)
+        return self._configs[key]
 
 
 def _shapes(model: Model, stack: Stack, layer: int) -> dict[str, Shape]:
@@ -191,7 +201,10 @@ def _is_mask(suffix: str, shape: Shape) -> bool:
 
 def _config(model: Model, stack: Stack) -> Mapping[str, Any]:
     """Return the object of a model's config that describes a stack, empty without a config."""
-    if model.config is None:
-        return {}
-    section = section_of(model.config, stack.prefix, stack.count)
-    return model.config if section is None else section.config
+    folder = stack.prefix.rpartition("/")[0]
+    part = next((part for part in model.parts if part.path == folder), model.main)
+    config = model.config
+    if part != model.main and part.config_text is not None:
+        config = read_config(part.config_text, f"{model.label}/{folder}/config.json")
+    section = section_of(config, stack.prefix, stack.count) if config is not None else None
+    return (config or {}) if section is None else section.config

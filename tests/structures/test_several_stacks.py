@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch.nn import ModuleList
 
 from merge_kit.api import merge, plan
@@ -197,3 +198,41 @@ def test_two_modules_that_slice_one_stack_are_refused(tmp_path):
     recipe = {"merge_method": "passthrough", "modules": parts}
     with pytest.raises(PlanError, match=r"two modules slice model\.layers"):
         plan(recipe)
+
+
+def pipeline(folder: Path) -> Path:
+    """Write two components with layers, each with a config of its own."""
+    folder.mkdir()
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": "Invented"}))
+    encoder = ("text_encoder", "encoder.layers", {"model_type": "clip", "num_hidden_layers": 3})
+    for part, lead, config in (encoder, ("transformer", "blocks", {"num_layers": 3})):
+        (folder / part).mkdir()
+        tensors = {f"{lead}.{i}.weight": torch.full((2,), float(i)) for i in range(3)}
+        save_file(tensors, folder / part / "model.safetensors")
+        (folder / part / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_the_config_of_a_component_follows_its_own_stack(tmp_path):
+    folder = pipeline(tmp_path / "a")
+    parts = {"transformer": slices((folder, [2, 0])), "text_encoder": slices((folder, [1]))}
+    recipe = {"merge_method": "passthrough", "base_model": str(folder), "modules": parts}
+    done = merge(recipe, tmp_path / "out")
+    found = {
+        name: json.loads((tmp_path / "out" / name / "config.json").read_text()) for name in parts
+    }
+    assert found == {
+        "transformer": {"num_layers": 2},
+        "text_encoder": {"model_type": "clip", "num_hidden_layers": 1, "torch_dtype": "float32"},
+    }
+    made = models.stored(tmp_path / "out")
+    assert {name: float(weight[0]) for name, weight in made.items()} == {
+        "transformer/blocks.0.weight": 2,
+        "transformer/blocks.1.weight": 0,
+        "text_encoder/encoder.layers.0.weight": 1,
+    }
+    assert layer_lines(done.plan) == [
+        "transformer/blocks 0 from input-1:a 2",
+        "transformer/blocks 1 from input-1:a 0",
+        "text_encoder/encoder.layers 0 from input-1:a 1",
+    ]
