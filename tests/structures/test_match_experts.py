@@ -10,13 +10,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 from merge_kit.api import merge
 from merge_kit.core.tensors import ByteSpan
+from merge_kit.engine import artefacts
 from merge_kit.engine.kernel import Kernel
 from merge_kit.engine.matching import best_order, match_experts
+from merge_kit.engine.run import run_plan
 from merge_kit.errors import InterruptedRun, MergeKitError, MismatchError, NonFiniteError, PlanError
 from merge_kit.io.reader import Reader
 from merge_kit.plan.building.matching_task import Compared, ExpertMatching, Slot
@@ -375,3 +379,108 @@ def test_the_recipe_of_the_repository_finds_who_is_who(tmp_path):
             expert = found[f"{block}.block_sparse_moe.experts.{e}.w1.weight"].float()
             gap = expert - own[f"{block}.mlp.gate_proj.weight"].float()
             assert float(gap.square().mean().sqrt()) < 0.001  # half the noise, and rounding
+
+
+def test_a_run_that_goes_on_keeps_the_orders_it_found(saved, tmp_path, monkeypatch):
+    made = plan(json.dumps(recipe("mixtral-a", "mixtral-p")), saved, threads=1)
+    whole, stop, folder = tmp_path / "whole", threading.Event(), tmp_path / "out"
+    whole.mkdir()
+    folder.mkdir()
+    wanted = run_plan(made, whole)
+    found = 0
+
+    def after_one(task, operands, event):
+        nonlocal found
+        if found == 1:
+            event.set()
+        found += 1
+        return match_experts(task, operands, event)
+
+    monkeypatch.setitem(artefacts.FINDERS, ExpertMatching, after_one)
+    with pytest.raises(InterruptedRun):
+        run_plan(made, folder, stop=stop)
+    monkeypatch.setitem(artefacts.FINDERS, ExpertMatching, match_experts)
+    orders = {one.name: one.read_bytes() for one in folder.rglob("found-*.safetensors")}
+    assert len(orders) == 1  # of the first of two layers
+    report = run_plan(made, folder)
+    assert report.hashes == wanted.hashes
+    kept = {one.name: one.read_bytes() for one in folder.rglob("found-*.safetensors")}
+    assert len(kept) == 2
+    assert orders.items() <= kept.items()
+
+
+def test_an_adapter_on_the_model_is_matched_with_it(saved, tmp_path):
+    """Half of one expert's projection comes from a LoRA: experts are compared as they are used."""
+    model, name = saved / "qwen3_moe-p", "model.layers.0.mlp.experts.1.up_proj"
+    generator = torch.Generator().manual_seed(9)
+    rows = {"A": (2, 16), "B": (24, 2)}
+    factors = {
+        f"base_model.model.{name}.lora_{side}.weight": torch.randn(shape, generator=generator)
+        for side, shape in rows.items()
+    }
+    (tmp_path / "adapter").mkdir()
+    save_file(factors, tmp_path / "adapter" / "adapter_model.safetensors")
+    settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["up_proj"]}
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(settings))
+    merge(recipe(saved / "qwen3_moe-a", f"{model}+{tmp_path / 'adapter'}"), tmp_path / "out")
+    own, found = stored(model), stored(tmp_path / "out")
+    a, b = (factors[f"base_model.model.{name}.lora_{side}.weight"] for side in "AB")
+    wanted = own[f"{name}.weight"] + b @ a
+    place = f"model.layers.0.mlp.experts.{ORDERS[0][1]}.up_proj.weight"
+    assert torch.allclose(found[place], wanted, rtol=0, atol=1e-5)
+    rest = stored(saved / "qwen3_moe-b")
+    assert all(torch.equal(found[n], rest[n]) for n in rest if n != place)
+
+
+OTHERS = {
+    "gpt_oss": transformers.GptOssConfig(
+        **mixtures.SMALL,
+        num_local_experts=3,
+        num_experts_per_tok=2,
+        intermediate_size=24,
+        head_dim=8,
+        sliding_window=4,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+    ),
+    "deepseek_v3": transformers.DeepseekV3Config(
+        **{**mixtures.SMALL, "num_key_value_heads": 4},
+        n_routed_experts=3,
+        n_group=1,
+        topk_group=1,
+        num_experts_per_tok=2,
+        first_k_dense_replace=1,
+        intermediate_size=24,
+        moe_intermediate_size=12,
+        kv_lora_rank=8,
+        q_lora_rank=8,
+        qk_nope_head_dim=4,
+        qk_rope_head_dim=4,
+        v_head_dim=4,
+    ),
+    "olmoe": transformers.OlmoeConfig(
+        **mixtures.SMALL, num_experts=3, num_experts_per_tok=2, intermediate_size=24
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_experts_of_any_class_are_matched(kind, tmp_path):
+    model = transformers.AutoModelForCausalLM.from_config(OTHERS[kind]).eval()
+    generator = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            if tensor.is_floating_point() and "inv_freq" not in name:
+                tensor.copy_(0.3 * torch.randn(tensor.shape, generator=generator))
+    model.save_pretrained(tmp_path / "a")
+    before, moved = mixtures.logits(model), 0
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            inside = ".mlp." in name and "shared" not in name
+            if inside and tensor.shape[:1] == (3,):
+                tensor.copy_(tensor[[2, 0, 1]].clone())
+                moved += 1
+    assert moved > 2
+    model.save_pretrained(tmp_path / "p")
+    assert torch.allclose(mixtures.logits(model), before, rtol=0, atol=1e-4)
+    merge(recipe(tmp_path / "a", tmp_path / "p"), tmp_path / "out")
+    assert_same_tensors(stored(tmp_path / "out"), stored(tmp_path / "a"))
