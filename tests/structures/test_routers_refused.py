@@ -119,6 +119,12 @@ def test_what_is_not_installed_is_named(router, base, monkeypatch):
     assert error.hint == 'pip install "merge_kit[routers]"'
 
 
+def test_an_old_library_is_refused(base, monkeypatch):
+    monkeypatch.setattr(routers_found, "version", lambda name: "4.57.1")
+    error = planned_problem(base, "hidden")
+    assert error.problem == "prompts for a router need transformers 5, and 4.57.1 is installed"
+
+
 def test_a_model_of_pieces_needs_two_more_libraries(base, monkeypatch):
     (base / "tokenizer.json").rename(base / "tokenizer.model")
     there = {"transformers", "sentencepiece"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -26,6 +27,10 @@ from merge_kit.plan.models import Model
 from merge_kit.plan.side_files import lends_files
 from merge_kit.plan.sources import Found, Source
 from merge_kit.plan.values import Artefact
+
+_INSTALL = 'pip install "merge_kit[routers]"'
+_OLD = ("0", "1", "2", "3", "4")
+"""Versions of transformers whose models are called in another way."""
 
 _NO_VOCABULARY = ("tokenizer_config", "special_tokens_map", "added_tokens", "chat_template")
 
@@ -79,9 +84,12 @@ def _check_extra(site: Site, files: Collection[str]) -> None:
             PlanError(
                 f"prompts for a router need {' and '.join(lacking)}{which}, not installed here",
                 where=str(site.stage.mark),
-                hint='pip install "merge_kit[routers]"',
+                hint=_INSTALL,
             )
         )
+    elif (found := version("transformers")).split(".")[0] in _OLD:
+        problem = f"prompts for a router need transformers 5, and {found} is installed"
+        site.findings.problem(PlanError(problem, where=str(site.stage.mark), hint=_INSTALL))
 
 
 def _is_installed(module: str) -> bool:
