@@ -23,10 +23,10 @@ MOST_EXPERTS = 4096
 class SparseUpcycle(StructureMethod):
     """Turn dense models into a mixture of experts: the MLPs become experts, all else is taken once.
 
-    expert e of layer l = the MLP of model e in layer l, (W + noise_scale * N(0, 1)) for each of its
-    matrices, then its down projection times residual_scale
-    all other tensors = those of base_model, or the mean of the models
-    router of layer l = rows of `router`, one an expert
+    gate_e, up_e = W + noise_scale * N(0, 1), W a matrix of the MLP of model e
+    down_e = residual_scale * (W + noise_scale * N(0, 1))
+    y = sum over the experts_per_token largest p of p_e / sum(p) * expert_e(x), p = softmax(R x)
+    R = rows of router, one an expert; all other tensors are the base's, or the models' mean
 
     Models: base_model alone or one model gives num_experts copies (8 by default); several models
     give one expert each. A num_experts that is a multiple of the number of models repeats them in
@@ -64,9 +64,9 @@ class SparseUpcycle(StructureMethod):
         architecture: Layout of the result; by default that of the base's model_type: llama and
             mistral become mixtral, qwen2 becomes qwen2_moe, qwen3 becomes qwen3_moe.
         router: "random", normal numbers of standard deviation router_scale; "uniform_random", even
-            ones within plus and minus router_scale; "zero"; of prompts, "cheap_embed" (the mean of
-            their embeddings), "hidden" (the mean of the hidden states that the router will see) or
-            "hidden_avg" (the same with every token of every prompt counted alike).
+            ones within plus and minus router_scale; "zero"; or of prompts, each row of length 1:
+            "cheap_embed", the sum of the embeddings of their tokens; "hidden", what the layer's
+            router sees at the last token of each; "hidden_avg", at every token of each.
         router_scale: Size of random router weights, at least 0: 0.02 for random, and
             1 / sqrt(hidden_size) for uniform_random.
         sparse_layers: Numbers of the layers that get experts, or "all", "even" or "odd"; the others
