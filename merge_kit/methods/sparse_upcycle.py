@@ -25,16 +25,15 @@ class SparseUpcycle(StructureMethod):
 
     gate_e, up_e = W + noise_scale * N(0, 1), W a matrix of the MLP of model e
     down_e = residual_scale * (W + noise_scale * N(0, 1))
-    y = sum over the experts_per_token largest p of p_e / sum(p) * expert_e(x), p = softmax(R x)
+    y = sum of g_e * expert_e(x) over the experts_per_token largest of R x, g = softmax(these)
     R = rows of router, one an expert; all other tensors are the base's, or the models' mean
 
     Models: base_model alone or one model gives num_experts copies (8 by default); several models
     give one expert each. A num_experts that is a multiple of the number of models repeats them in
     turn: 0, 1, 2, 0, 1, 2. Models, adapters on models, and named stages do alike; of each the MLPs
     are taken, and of all else nothing unless non_experts is average. Without a base_model the first
-    model is the base. What a token passes is weighed by the softmax over its experts_per_token
-    largest router logits, so that copies without noise and with residual_scale 1 compute just what
-    the dense model does.
+    model is the base. The weights of a token's experts sum to 1, so that copies without noise and
+    with residual_scale 1 compute just what the dense model does.
 
     Files: a tensor for each matrix of each expert, which versions 4 and 5 of transformers both
     read: block_sparse_moe.experts.E.w1, w3, w2 (gate, up, down) and block_sparse_moe.gate in a
@@ -47,9 +46,9 @@ class SparseUpcycle(StructureMethod):
     zero. Biases that the layout has no place for, windows in some layers of a Qwen3, and
     architectures without a sparse twin are refused.
 
-    What is added to the shared expert of a qwen2_moe is weighed by a sigmoid of its own and not
-    part of the softmax: only with an output projection of zero (the default) does the result
-    compute what the base does. A router of zeros sends every token to the same experts until it is
+    What the shared expert of a qwen2_moe adds is weighed by a sigmoid of its own, beside the
+    softmax: only with an output projection of zero (the default) does the result compute what the
+    base does. A router of zeros sends every token to the same experts until it is
     trained, since the largest of equal logits are the first.
 
     Differences: mergekit-moe writes fused experts for a mixtral and a qwen3_moe, which version 4 of
