@@ -374,3 +374,16 @@ def test_another_vocabulary_is_noted_where_only_mlps_are_taken(folders, tmp_path
     other = dense_models.saved(tmp_path / "other", "llama", 1, vocab_size=50)
     notes = plan(recipe(folders, {"model": str(other)}, "two")).notes
     assert any("[50, 32]" in note and "only its MLPs are taken" in note for note in notes)
+
+
+def test_the_mean_holds_for_the_mlps_of_dense_layers_too(tmp_path):
+    paths = {n: dense_models.saved(tmp_path / n, "qwen3", s) for s, n in enumerate(("a", "b"))}
+    asked = recipe(paths, "a", "b", base="a", non_experts="average", sparse_layers=[2])
+    merge(asked, tmp_path / "out")
+    made, a, b = (dense_models.tensors(tmp_path / n) for n in ("out", "a", "b"))
+    for part in PARTS:
+        wanted = (dense(a, 0, part) + dense(b, 0, part)) / 2
+        assert torch.allclose(dense(made, 0, part), wanted, rtol=0, atol=1e-6)
+        name = f"model.layers.2.mlp.experts.1.{part}.weight"
+        assert torch.equal(made[name], dense(b, 2, part))
+    dense_models.load(tmp_path / "out")

@@ -249,3 +249,8 @@ def test_an_adapter_is_no_base(tmp_path, model):
 def test_a_class_without_a_sparse_twin_is_named(model, tmp_path):
     path = edited(model("llama"), tmp_path, architectures=["LlamaForRanking"])
     assert "the class LlamaForRanking has no sparse twin" in refused(path)
+
+
+def test_another_activation_is_named(model, tmp_path):
+    path = edited(model("llama"), tmp_path, hidden_act="gelu")
+    assert "its hidden_act is gelu, and silu in" in refused(model("llama"), model("llama", 1), path)
