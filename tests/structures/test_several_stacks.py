@@ -13,7 +13,7 @@ from torch.nn import ModuleList
 
 from merge_kit.api import merge, plan
 from merge_kit.architecture.several_stacks import stacked_configs
-from merge_kit.architecture.stacks import Stack
+from merge_kit.architecture.stacks import Stack, same_place
 from merge_kit.errors import PlanError
 from merge_kit.plan.describe_steps import layer_lines
 from tests import models
@@ -236,3 +236,39 @@ def test_the_config_of_a_component_follows_its_own_stack(tmp_path):
         "transformer/blocks 1 from input-1:a 0",
         "text_encoder/encoder.layers 0 from input-1:a 1",
     ]
+
+
+def test_a_count_without_parts_is_the_language_models_and_not_the_vision_towers():
+    config = text(num_hidden_layers=3)
+    language, vision = stack("model.layers", 3), stack("vision_tower.layers", 3)
+    after = stacked_configs(config, [(language, [(config, 0)])], (language, vision))
+    assert json.loads(after)["num_hidden_layers"] == 1
+    with pytest.raises(PlanError, match=r"num_hidden_layers describes vision_tower\.layers and"):
+        stacked_configs(config, [(vision, [(config, 0)])], (language, vision))
+
+
+def test_counts_of_parts_are_changed_each_for_itself():
+    config = text(
+        text_config={"num_hidden_layers": 3}, vision_config={"num_hidden_layers": 3, "x": 1}
+    )
+    language, vision = stack("language_model.layers", 3), stack("vision_tower.layers", 3)
+    built = [(vision, [(config, 0)]), (language, [(config, 0), (config, 2)])]
+    found = json.loads(stacked_configs(config, built, (language, vision)))
+    assert found["text_config"] == {"num_hidden_layers": 2}
+    assert found["vision_config"] == {"num_hidden_layers": 1, "x": 1}
+
+
+def test_a_model_without_the_stack_is_refused_with_the_stacks_that_it_has(tmp_path):
+    folder, plain = pipeline(tmp_path / "a"), toy(tmp_path / "plain", layers=4)
+    parts = {"transformer": slices((folder, [0]), (plain, [1]))}
+    recipe = {"merge_method": "passthrough", "base_model": str(folder), "modules": parts}
+    with pytest.raises(PlanError, match="input-2:plain has no layers of this place") as caught:
+        plan(recipe)
+    assert caught.value.hint == "its layers: model.layers (4)"
+
+
+def test_a_stack_is_found_under_a_longer_name():
+    short, long = stack("encoder.layers", 3), stack("model.encoder.layers", 4)
+    assert same_place(long, (short, stack("decoder.layers", 3))) == short
+    assert same_place(short, (stack("layers", 2), long)) is None  # which of the two?
+    assert same_place(short, (short, long)) == short

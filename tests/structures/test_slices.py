@@ -487,3 +487,25 @@ def test_settings_that_the_output_does_not_keep_are_said_once(tmp_path):
             "output's config has rope_theta 10000.0, rms_norm_eps 1e-05"
         )
     ]
+
+
+def test_a_long_list_of_scaled_kinds_is_cut(tmp_path):
+    names = [f"model.layers.0.k{i}.weight" for i in range(7)]
+    write(tmp_path / "x", {name: torch.ones(2) for name in names}, config(1))
+    filters = ", ".join(f"{{filter: k{i}, value: 2}}" for i in range(6))
+    text = HEAD + f"  - sources: [{{model: x, layers: [0], parameters: {{scale: [{filters}]}}}}]\n"
+    assert layer_lines(plan(text, tmp_path)) == [
+        "model.layers 0 from input-1:x 0, k0, k1, k2, k3 and 2 more x 2"
+    ]
+
+
+def test_a_long_list_of_repeats_is_cut(toys):
+    pairs = "".join(
+        f"  - sources: [{{model: DEEP, layers: [{i}]}}]\n" for i in (0, 1, 2, 3, 4, 5, 6, 7)
+    )
+    alternating = "".join(
+        f"  - sources: [{{model: DEEP, layers: [{i}]}}]\n" * (1 + i % 2) for i in range(8)
+    )
+    (note,) = repeated(HEAD + pairs + alternating, toys)
+    assert note.count("input-1:DEEP") == 6
+    assert note.endswith(" and 2 more")
