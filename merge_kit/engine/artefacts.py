@@ -7,7 +7,8 @@ them, so that it goes on with the same numbers.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -21,9 +22,10 @@ from merge_kit.engine.prepared import prepared
 from merge_kit.engine.routers import find_embedded, find_hidden
 from merge_kit.engine.state import RunState
 from merge_kit.errors import InterruptedRun
-from merge_kit.plan.building.matching_task import ExpertMatching
+from merge_kit.plan.building.matching_task import DISTANCE, ORDER, ExpertMatching
 from merge_kit.plan.building.routers_tasks import EmbeddedRouters, HiddenRouters
 from merge_kit.plan.building.width_basis import EmbeddingBasis, GivenBasis
+from merge_kit.plan.values import Artefact
 
 Finder = Callable[[Any, Operands, threading.Event], Mapping[str, Tensor]]
 """(task, operands, stop) -> tensors by name; it looks at `stop` now and then, and raises
@@ -49,7 +51,7 @@ def find_artefacts(run: RunState, stop: threading.Event) -> None:
     for artefact in run.plan.artefacts:
         if stop.is_set():
             raise InterruptedRun(2, hint="run the same command again to go on from here")
-        path = run.folder / FOLDER / f"found-{artefact.key}.safetensors"
+        path = _path(run, artefact)
         known = read_found(path)
         if known is None:
             operands = prepared(run, stop)
@@ -59,6 +61,22 @@ def find_artefacts(run: RunState, stop: threading.Event) -> None:
                 operands.close()
             write_found(path, known)
         run.found[artefact.key] = known
+
+
+def orders(run: RunState) -> dict[str, Sequence[tuple[int, float]]]:
+    """Return the orders of experts that a run or one before it found; see `Report.orders`."""
+    made: dict[str, Sequence[tuple[int, float]]] = {}
+    for artefact in run.plan.artefacts:
+        if isinstance(artefact.task, ExpertMatching):
+            known = run.found.get(artefact.key) or read_found(_path(run, artefact))
+            if known is not None:  # damaged since, and not needed where every step is done
+                pairs = zip(known[ORDER].tolist(), known[DISTANCE].tolist(), strict=True)
+                made[artefact.task.where] = tuple(pairs)
+    return made
+
+
+def _path(run: RunState, artefact: Artefact) -> Path:
+    return run.folder / FOLDER / f"found-{artefact.key}.safetensors"
 
 
 def find(task: Any, operands: Operands, stop: threading.Event) -> dict[str, Tensor]:

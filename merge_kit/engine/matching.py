@@ -41,7 +41,7 @@ def match_experts(
     if not bool(torch.isfinite(sums.products).all()):
         raise NonFiniteError(
             "experts hold NaN or infinity, or numbers too large to be compared",
-            where=task.path,
+            where=task.where,
             hint="`mergekit inspect` finds the tensors of a model that are not finite",
         )
     order = best_order(sums.products)

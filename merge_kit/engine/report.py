@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 
@@ -19,6 +19,9 @@ class Report:
         resumed: Steps that an earlier run had finished.
         facts: Module of an adapter that was made (key as in `Plan.ranks`) -> numbers by name, see
             `methods.base.Yield`.
+        orders: Experts that were put in order (their model and module) -> for each place, which of
+            the model's experts stands there now, and how far it is from the one that it was
+            matched with, relative to that one's length.
     """
 
     seconds: float
@@ -30,3 +33,4 @@ class Report:
     saturated: Mapping[str, int]
     resumed: int
     facts: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    orders: Mapping[str, Sequence[tuple[int, float]]] = field(default_factory=dict)

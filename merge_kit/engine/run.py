@@ -13,7 +13,7 @@ from pathlib import Path
 
 from merge_kit.core.hashing import tensor_hash
 from merge_kit.engine.agreement import check_agreement
-from merge_kit.engine.artefacts import find_artefacts
+from merge_kit.engine.artefacts import find_artefacts, orders
 from merge_kit.engine.jobs import CopyJob, MergeJob, Shared
 from merge_kit.engine.opening import opened
 from merge_kit.engine.pool import Pool, Task
@@ -82,6 +82,7 @@ def run_plan(
         saturated=dict(sorted(tally.saturated.items())),
         resumed=len(resumed),
         facts={t.key: tally.facts[t.key] for t in targets if t.key in tally.facts},
+        orders=orders(run),
     )
 
 

@@ -69,7 +69,7 @@ def summary(plan: Plan, free_bytes: int | None) -> list[Row]:
         *labelled("merged", [f"{count:,} by {m}" for m, count in merged_by_method(plan).items()]),
         *labelled("dropped", _dropped(plan)),
         *([Row("model", _model(plan))] if not plan.ranks else labelled("adapter", _adapters(plan))),
-        *labelled("found first", [_artefact(one) for one in plan.artefacts]),
+        *labelled("found first", _artefacts(plan.artefacts)),
         Row("dtypes", ", ".join(f"{name} {count:,}" for name, count in plan.dtypes) or "none"),
         *labelled("side files", _side_files(plan.side_files)),
         *_costs(plan, free_bytes),
@@ -93,8 +93,18 @@ def _statistics(one: PlanInput) -> str:
     return f"{one.key}: {one.text} ({format_size(sum(file.nbytes for file in one.files))})"
 
 
-def _artefact(one: Artefact) -> str:
-    return f"{one.key} ({format_size(one.kept_bytes)} of {format_size(one.read_bytes)} read)"
+def _artefacts(found: Sequence[Artefact]) -> list[str]:
+    """Return a text for each artefact, and one for a row of those that differ in a number only."""
+    rows: dict[tuple[type, str], list[Artefact]] = {}
+    for one in found:
+        stem, _, number = one.key.rpartition("-")
+        rows.setdefault((type(one.task), stem if number.isdigit() else one.key), []).append(one)
+    texts = []
+    for row in rows.values():
+        kept, read = sum(a.kept_bytes for a in row), sum(a.read_bytes for a in row)
+        keys = row[0].key if len(row) == 1 else f"{row[0].key} to {row[-1].key}"
+        texts.append(f"{keys} ({format_size(kept)} of {format_size(read)} read)")
+    return texts
 
 
 def _dropped(plan: Plan) -> list[str]:

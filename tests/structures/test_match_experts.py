@@ -25,6 +25,7 @@ from merge_kit.errors import InterruptedRun, MergeKitError, MismatchError, NonFi
 from merge_kit.io.reader import Reader
 from merge_kit.plan.building.matching_task import Compared, ExpertMatching, Slot
 from merge_kit.plan.cost import once_bytes
+from merge_kit.plan.describe import summary
 from merge_kit.plan.residency import kept_bytes
 from merge_kit.plan.sources import Chosen, Concat, LowRank, Memory, Stored, View
 from tests.models import assert_same_tensors, averaged, stored
@@ -404,9 +405,28 @@ def test_a_run_that_goes_on_keeps_the_orders_it_found(saved, tmp_path, monkeypat
     assert len(orders) == 1  # of the first of two layers
     report = run_plan(made, folder)
     assert report.hashes == wanted.hashes
+    assert report.orders == wanted.orders
     kept = {one.name: one.read_bytes() for one in folder.rglob("found-*.safetensors")}
     assert len(kept) == 2
     assert orders.items() <= kept.items()
+
+
+def test_the_report_says_what_was_matched(saved, tmp_path):
+    done = merge(recipe(saved / "mixtral-a", saved / "mixtral-p"), tmp_path / "out")
+    places = {}
+    for layer, order in enumerate(ORDERS):
+        where = f"input-1:mixtral-p, model.layers.{layer}.block_sparse_moe.experts"
+        places[where] = [order.index(i) for i in range(3)]
+    found = done.report.orders
+    assert {where: [e for e, _ in pairs] for where, pairs in found.items()} == places
+    distances = [distance for pairs in found.values() for _, distance in pairs]
+    assert all(0.05 < distance < 0.2 for distance in distances)  # sqrt(2) * 0.02 of 0.3
+
+
+def test_the_plan_shows_one_line_for_all_layers(saved):
+    made = plan(json.dumps(recipe("mixtral-a", "mixtral-p")), saved)
+    (shown,) = [row.text for row in summary(made, None) if row.label == "found first"]
+    assert shown.startswith("experts-0-0 to experts-0-1 (")
 
 
 def test_an_adapter_on_the_model_is_matched_with_it(saved, tmp_path):

@@ -40,7 +40,7 @@ def build(site: Site, method: StructureMethod) -> Built:
         key = f"experts-{site.number}-{i}"
         both = (reference, other), (model, group)
         parts = _router(*both) if method.by == "router" else _weights(*both)
-        task = ExpertMatching(group.path, group.count, parts)
+        task = ExpertMatching(f"{model.label}, {group.path}", group.count, parts)
         artefacts.append(matching(key, task, first=not artefacts))
         ordered |= dict(_ordered(model, group, key))
     made = tuple(_tensors(site, ref, model, ordered))

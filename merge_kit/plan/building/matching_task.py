@@ -50,11 +50,11 @@ class ExpertMatching:
     """Experts of one block that are to be matched.
 
     Attributes:
-        path: Of the block's experts, for messages.
+        where: Model and module, for messages.
         count: Experts on both sides.
     """
 
-    path: str
+    where: str
     count: int
     parts: tuple[Compared, ...]
 
