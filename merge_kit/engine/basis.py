@@ -24,7 +24,7 @@ _LEAST = 1e-6
 def embedding_basis(
     task: EmbeddingBasis, operands: Operands, stop: threading.Event
 ) -> Mapping[str, Tensor]:
-    """Return P: eigenvectors of the Gram matrix of the columns as rows, then rows of zeros.
+    """Return P: eigenvectors of the Gram matrix of the columns, as rows.
 
     Raises:
         NonFiniteError: If embeddings are not finite.
@@ -39,13 +39,9 @@ def embedding_basis(
     except torch.linalg.LinAlgError as exc:  # type: ignore[attr-defined]
         problem = "its Gram matrix has no eigenvectors that could be found"
         raise SolveError(problem, where=task.name, hint="give a matrix as the basis") from exc
-    rows = vectors.T.flip(0)  # by falling eigenvalues
-    largest = rows.abs().argmax(dim=1, keepdim=True)
-    signs = torch.sign(rows.gather(1, largest))
-    onto = torch.zeros(task.rows, len(gram), dtype=torch.float64)
-    kept = min(task.rows, len(gram))
-    torch.mul(rows[:kept], signs[:kept], out=onto[:kept])
-    return {"onto": onto}
+    onto = vectors.T.flip(0)[: task.rows]  # by falling eigenvalues
+    largest = onto.abs().argmax(dim=1, keepdim=True)
+    return {"onto": onto * torch.sign(onto.gather(1, largest))}
 
 
 def _gram(task: EmbeddingBasis, operands: Operands, stop: threading.Event) -> Tensor:

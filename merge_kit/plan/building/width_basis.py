@@ -22,7 +22,7 @@ class EmbeddingBasis:
     """The right singular vectors of a matrix, by falling singular values.
 
     Attributes:
-        rows: How many; of more than the matrix has columns, the others are zeros.
+        rows: How many, at most as many as the matrix has columns.
         name: Of the matrix, for messages.
     """
 
@@ -44,8 +44,8 @@ class Basis:
     """A basis as factors.
 
     Attributes:
-        onto: P, (H', H).
-        back: Its pseudo-inverse, (H, H').
+        onto: P, (H', H), or (H, H) where further directions are zeros.
+        back: Its pseudo-inverse.
     """
 
     onto: Source
@@ -65,6 +65,7 @@ def svd_basis(site: Site, model: Model, hidden: int) -> Basis:
         raise PlanError(problem, where=model.label, hint="give a matrix as the basis")
     source = model.tensors[name].source
     vocabulary, width = source.shape
+    hidden = min(hidden, width)
     shape, key = (hidden, width), f"basis-{site.number}"
     task = EmbeddingBasis(source, hidden, f"{model.label}: {name}")
     artefact = Artefact(

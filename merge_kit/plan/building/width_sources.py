@@ -77,7 +77,7 @@ class Resizer:
             return self._rows(source, runs)
         column = View(source, 0, (source.shape[0], 1))
         product = Projected(column, self.basis.onto, None)
-        return View(product, 0, (product.shape[0],))
+        return self._taller(View(product, 0, (product.shape[0],)))
 
     def _matrix(
         self, source: Source, rows: tuple[Run, ...], columns: tuple[Run, ...], norm: Source | None
@@ -88,12 +88,24 @@ class Resizer:
         if basis is None or not _is_hidden(columns):
             source = self._columns(source, columns)
         elif norm is not None:
-            source = Projected(Scaled(source, norm), None, basis.back)
+            source = self._wider(Projected(Scaled(source, norm), None, basis.back))
         else:
-            source = Projected(source, None, Transposed(basis.onto))
+            source = self._wider(Projected(source, None, Transposed(basis.onto)))
         if basis is not None and _is_hidden(rows):
-            source = Projected(source, basis.onto, None)
+            source = self._taller(Projected(source, basis.onto, None))
         return source
+
+    def _wider(self, source: Source) -> Source:
+        """Return a matrix with zeros for the directions that a basis has not."""
+        more = self.widths.new.hidden_size - source.shape[1]
+        if not more:
+            return source
+        return Columns((source, Generated("zeros", (source.shape[0], more))))
+
+    def _taller(self, source: Source) -> Source:
+        """Return a vector or a matrix with zeros for the directions that a basis has not."""
+        more, rest = self.widths.new.hidden_size - source.shape[0], source.shape[1:]
+        return Concat((source, Generated("zeros", (more, *rest)))) if more else source
 
     def _rows(self, source: Source, runs: tuple[Run, ...]) -> Source:
         """Return a vector or a matrix with other rows; fused ones run by run."""
