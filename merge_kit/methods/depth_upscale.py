@@ -16,20 +16,22 @@ from merge_kit.methods.structures import StructureMethod
 class DepthUpscale(StructureMethod):
     """Put a second copy of a model's layers on top of the first (SOLAR), or add identity layers.
 
-    drop: layers 0 .. n-m-1 of the lower copy, then m .. n-1 of the upper: 2 (n - m) in all
-    sum: layers 0 .. n-m-1 of the lower copy, then m layers (1 - t) lower[n-m+j] + t upper[j] for
-    j = 0 .. m-1, then layers m .. n-1 of the upper: 2 n - m in all
+    dropped = layers 0 .. n-m-1 of the lower copy, then layers m .. k-1 of the upper
+    summed = layers 0 .. n-m-1 of the lower copy, m pairs, then layers m .. k-1 of the upper
+    pair_j = (1 - t) lower_(n-m+j) + t upper_j, j from 0 to m-1
+    expanded = all n layers, after each layer floor((i+1) n/P) - 1 a copy of it, i from 0 to P-1
 
-    n layers, m of them the overlap. With n = 32, drop and m = 8 make 48 layers, and so do sum and
-    m = 16. Two models give the lower and the upper copy, of n and k layers: n + k - 2 m or
-    n + k - m in all. Where the number of layers that drop leaves out is odd, the lower copy keeps
-    one more. The embeddings are the lower copy's, the final norm and the head the upper's.
+    One model of n layers is both copies (k is n); of two, the first is the lower one, of n layers,
+    and the second the upper one, of k. m is the overlap: drop makes n + k - 2 m layers, sum
+    n + k - m, so that 32 layers become 48 by drop with m 8, and by sum with m 16. Where
+    target_layers has drop leave out an odd number, the lower copy keeps one more. The embeddings
+    are the lower copy's, the final norm and the head the upper's.
 
-    block_expansion: P = target_layers - n new layers, the i-th a copy of layer
-    floor((i + 1) n / P) - 1 right after it, whose output projections (of attention, of MLP or
-    experts, with their biases) are zero. Each new layer passes on what it gets, so the model
-    computes what it did. Layers that would change it all the same (norms without a way past them,
-    norms with a bias behind the projection) or whose projections nothing here knows are refused.
+    block_expansion adds P copies, target_layers less n, whose output projections (of attention, and
+    of MLP or experts, with their biases) are zero. They pass on what they get, so that the model
+    computes what it did until they are trained. Layers that would change it all the same (norms
+    without a way past them, a norm with a bias behind the projection), or that hold a tensor of
+    which it is not known what it does, are refused.
 
     Differences: the SOLAR paper drops the overlap, and so does the default. A textbook reads it as
     layers that are summed pairwise, two into one, which for 32 layers gives 48 too, of other

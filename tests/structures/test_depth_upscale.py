@@ -94,6 +94,7 @@ def test_identities_follow_on_the_layers_they_copy(folder):
         "model.layers 5 from identity of input-1:M 3",
     ]
     assert {fate.what for fate in plan.fates} == {"copied"}
+    assert "2 new layers change nothing until trained: 2, 5" in plan.notes
 
 
 def test_a_base_alone_is_the_model(folder):

@@ -13,7 +13,13 @@ from merge_kit.methods.structures import StructureMethod
 from merge_kit.plan.assemble import Assembler, Assembly
 from merge_kit.plan.building.built import Built, Site
 from merge_kit.plan.building.depth_copies import Copy, copies_of, described
-from merge_kit.plan.building.depth_identities import expanded, identities, zeroed, zeros_of
+from merge_kit.plan.building.depth_identities import (
+    expanded,
+    identities,
+    note_of,
+    zeroed,
+    zeros_of,
+)
 from merge_kit.plan.building.depth_order import Order, overlapping, places_of_copies
 from merge_kit.plan.building.depth_seam import blended, check_pairs, check_shares, note_kinds
 from merge_kit.plan.configs import result_parts
@@ -50,6 +56,8 @@ def build(site: Site, method: StructureMethod) -> Built:
     made = _made(site, method, result, new, zeros_of(new, copies[0], stage))
     note_kinds(site, result, pairs)
     _note_idle(site, method, order)
+    if new:
+        site.findings.note(note_of(new))
     _note_halves(site, method, copies, order)
     _account(result, copies, made)
     result.items = [one.item for one in made]

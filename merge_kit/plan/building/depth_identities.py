@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from merge_kit.architecture.output_projections import output_projections
@@ -15,6 +15,9 @@ from merge_kit.plan.models import Model
 from merge_kit.plan.sources import Generated
 from merge_kit.plan.steps import Made
 from merge_kit.recipe.values import Slice, Stage
+
+SHOWN = 32
+"""Numbers of new layers that are listed before `and 4 more`."""
 
 
 def expanded(copy: Copy, places: Sequence[int]) -> list[Slice]:
@@ -29,6 +32,15 @@ def expanded(copy: Copy, places: Sequence[int]) -> list[Slice]:
 def identities(layers: Sequence[tuple[Model, int]]) -> dict[int, int]:
     """Return which of the result's layers follow on the layer that they copy, with its number."""
     return {i: layers[i][1] for i in range(1, len(layers)) if layers[i] == layers[i - 1]}
+
+
+def note_of(new: Iterable[int]) -> str:
+    """Return the sentence that says which layers of the result are new: those to train."""
+    numbers = list(new)
+    shown = ", ".join(map(str, numbers[:SHOWN]))
+    more = f" and {len(numbers) - SHOWN} more" if len(numbers) > SHOWN else ""
+    many = "new layers change" if len(numbers) > 1 else "new layer changes"
+    return f"{len(numbers)} {many} nothing until trained: {shown}{more}"
 
 
 def zeros_of(new: Mapping[int, int], copy: Copy, stage: Stage) -> frozenset[tuple[int, str]]:
