@@ -165,7 +165,7 @@ MOVED: dict[str, Slices] = {
 """Stacks that need another threshold or period: 4, and 4 and 3 in place of 6 and 4."""
 BROKEN: dict[str, tuple[Slices, str]] = {
     "qwen2": ([("a", 0, 4), ("b", 0, 2)], "max_window_layers"),
-    "gemma2": ([("a", 0, 2), ("b", 1, 4)], "sliding_window_pattern"),
+    "gemma2": ([("a", 0, 2), ("b", 1, 4)], "layer_types"),
     "gemma3_text": ([("a", 0, 6), ("b", 3, 7)], "sliding_window_pattern"),
     "gemma3": ([("a", 0, 6), ("b", 3, 7)], "sliding_window_pattern"),
     "cohere2": ([("a", 0, 4), ("b", 3, 5)], "sliding_window_pattern"),
