@@ -16,6 +16,7 @@ PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
 _SPELLINGS = (PROJECTIONS, ("w1", "w3", "w2"))
 _WHERE = "config.json"
+_MOST_LAYERS = 10_000
 _ROUTING = (
     "num_experts_per_tok",
     "num_experts",
@@ -127,25 +128,38 @@ def projections(group: ExpertGroup) -> Mapping[str, tuple[Piece, ...]]:
     Raises:
         MismatchError: If the experts are no such MLPs.
     """
-    parts = group.parts
-    for names in _SPELLINGS:
-        if set(parts) == {f"{name}.weight" for name in names}:
-            made = [parts[f"{name}.weight"] for name in names]
-            return dict(zip(PROJECTIONS, made, strict=True))
-    if set(parts) == {"gate_up_proj", "down_proj"}:
-        both, down = parts["gate_up_proj"], parts["down_proj"]
-        hidden, width = down[0].shape if len(down[0].shape) == 2 else (0, 0)
-        if both[0].shape == (2 * width, hidden):
-            one = (width, hidden)
-            gate = tuple(Piece(piece.tensor, piece.start, one) for piece in both)
-            up = tuple(Piece(piece.tensor, piece.start + prod(one), one) for piece in both)
-            return {"gate_proj": gate, "up_proj": up, "down_proj": down}
-    held = ", ".join(f"{name} {list(pieces[0].shape)}" for name, pieces in parts.items())
+    made = _split(group) or _fused(group)
+    if made is not None:
+        gate, up, down = (made[name][0].shape for name in PROJECTIONS)
+        if len(gate) == 2 and gate == up and down == gate[::-1]:
+            return made
+    held = ", ".join(f"{name} {list(pieces[0].shape)}" for name, pieces in group.parts.items())
     raise MismatchError(
         f"experts hold {held}; a dense MLP is made of gate_proj, up_proj and down_proj",
         where=group.path,
         hint="is this the layout that its class saves? load and save it with transformers",
     )
+
+
+def _split(group: ExpertGroup) -> dict[str, tuple[Piece, ...]] | None:
+    for names in _SPELLINGS:
+        if set(group.parts) == {f"{name}.weight" for name in names}:
+            made = [group.parts[f"{name}.weight"] for name in names]
+            return dict(zip(PROJECTIONS, made, strict=True))
+    return None
+
+
+def _fused(group: ExpertGroup) -> dict[str, tuple[Piece, ...]] | None:
+    """Return the matrices of a fused gate and up projection, the gate's rows first."""
+    if set(group.parts) != {"gate_up_proj", "down_proj"}:
+        return None
+    both, down = group.parts["gate_up_proj"], group.parts["down_proj"]
+    one = down[0].shape[::-1]
+    if len(one) != 2 or both[0].shape != (2 * one[0], one[1]):
+        return None
+    gate = tuple(Piece(piece.tensor, piece.start, one) for piece in both)
+    up = tuple(Piece(piece.tensor, piece.start + prod(one), one) for piece in both)
+    return {"gate_proj": gate, "up_proj": up, "down_proj": down}
 
 
 def dense_config(text: str, twin: Twin, width: int) -> str:
@@ -172,10 +186,15 @@ def _class_edits(config: Config, twin: Twin) -> Iterator[Edit]:
     yield Edit(("model_type",), twin.dense[0])
     names = config.get("architectures")
     if isinstance(names, list):
-        sparse, dense = twin.sparse[1], twin.dense[1]
-        leads = {name: str(name).removeprefix(sparse) for name in names}
-        made = [f"{dense}{rest}" if rest != name else name for name, rest in leads.items()]
-        yield Edit(("architectures",), made)
+        yield Edit(("architectures",), [_renamed(name, twin) for name in names])
+
+
+def _renamed(name: object, twin: Twin) -> object:
+    """Return the name of a class of the dense model, or what is no such name as it is."""
+    sparse, dense = twin.sparse[1], twin.dense[1]
+    if isinstance(name, str) and name.startswith(sparse):
+        return dense + name.removeprefix(sparse)
+    return name
 
 
 def _default_edits(config: Config, twin: Twin) -> Iterator[Edit]:
@@ -204,8 +223,10 @@ def _qwen2_edits(config: Config) -> Iterator[Edit]:
     if config.get("qkv_bias") is False:
         problem = "qkv_bias is false, and qwen2 has biases of queries, keys and values"
         raise PlanError(problem, where=_WHERE, hint="no dense class of such layers is known")
+    if not config.get("use_sliding_window") or config.get("layer_types"):
+        return
     layers, window = config.get("num_hidden_layers"), config.get("max_window_layers", 28)
-    if config.get("use_sliding_window") and not config.get("layer_types") and layers:
+    if isinstance(layers, int) and isinstance(window, int) and layers <= _MOST_LAYERS:
         kinds = ("full_attention", "sliding_attention")
         sliding = [kinds[i % 2 == 0 and i < window] for i in range(layers)]
         yield Edit(("layer_types",), sliding)
@@ -213,7 +234,7 @@ def _qwen2_edits(config: Config) -> Iterator[Edit]:
 
 def _qwen3_edits(config: Config) -> Iterator[Edit]:
     hidden, heads = config.get("hidden_size"), config.get("num_attention_heads")
-    if not config.get("head_dim") and hidden and heads:
+    if not config.get("head_dim") and isinstance(hidden, int) and isinstance(heads, int) and heads:
         yield Edit(("head_dim",), hidden // heads)
     if config.get("use_sliding_window"):  # of all layers, whatever a list of them says
         yield Edit(("layer_types",), remove=True)

@@ -118,7 +118,8 @@ def _split_group(path: str, parts: Mapping[str, Mapping[int, str]], shapes: Shap
 
 def _fused_group(path: str, names: Mapping[str, str], shapes: Shapes) -> ExpertGroup:
     whole = next(n for n in names.values() if len(shapes[n]) >= _FUSED_AXES)
-    count, problem = shapes[whole][0], ""
+    count = shapes[whole][0]
+    problem = "" if count else f"{whole} has shape {list(shapes[whole])}: no experts"
     made: dict[str, tuple[Piece, ...]] = {}
     for part, name in names.items():
         first, *rest = shapes[name]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from merge_kit.architecture.dense_twins import (
@@ -164,6 +166,8 @@ def test_mixtral_spells_gate_up_and_down_as_w1_w3_and_w2():
     shapes = split(
         "model.layers.0.block_sparse_moe.experts", ("w1.weight", "w2.weight", "w3.weight")
     )
+    for e in range(EXPERTS):
+        shapes[f"model.layers.0.block_sparse_moe.experts.{e}.w2.weight"] = (HIDDEN, WIDTH)
     group = one(shapes)
     made = projections(group)
     assert made["gate_proj"][1].tensor.endswith("experts.1.w1.weight")
@@ -241,3 +245,26 @@ def test_a_window_that_llama_lacks_is_refused_and_null_is_removed():
 def test_biases_that_qwen2_wants_must_be_there():
     with pytest.raises(PlanError, match="qkv_bias is false"):
         dense_config('{"qkv_bias": false}', twin_for({"model_type": "qwen2_moe"}, None), 4)
+
+
+def test_no_experts_at_all_are_named():
+    group = one({"model.layers.0.mlp.experts.down_proj": (0, 8, 6)})
+    assert group.problem == "model.layers.0.mlp.experts.down_proj has shape [0, 8, 6]: no experts"
+
+
+@pytest.mark.parametrize("shape", [(), (6,), (6, 8, 1)])
+def test_experts_that_hold_no_matrices_are_refused(shape):
+    names = ("gate_proj", "up_proj", "down_proj")
+    shapes = {f"model.layers.0.mlp.experts.0.{name}.weight": shape for name in names}
+    with pytest.raises(MismatchError, match="a dense MLP is made of"):
+        projections(one(shapes))
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen2_moe", "qwen3_moe"])
+@pytest.mark.parametrize("odd", ["null", '"many"', "[[1], {}]", "{}", "-1", "0", "true"])
+def test_odd_values_in_a_config_are_kept(kind, odd):
+    keys = ("architectures", "num_hidden_layers", "max_window_layers", "hidden_size")
+    keys += ("num_attention_heads", "head_dim", "rope_parameters")
+    text = "{" + ", ".join(f'"{key}": {odd}' for key in keys) + ', "use_sliding_window": true}'
+    made = dense_config(text, twin_for({"model_type": kind}, None), 4)
+    assert json.loads(made)["architectures"] == json.loads(odd)

@@ -346,3 +346,11 @@ def test_a_llama_that_became_a_qwen2_moe_comes_back_as_a_qwen2(tmp_path):
     found = mixtures.load(dense(tmp_path / "sparse", tmp_path / "back"))
     assert found.config.model_type == "qwen2"  # its biases are zeros
     assert torch.allclose(mixtures.logits(found), mixtures.logits(model), rtol=0, atol=1e-5)
+
+
+def test_a_layer_with_experts_and_an_mlp_is_refused(saved, tmp_path):
+    tensors = stored(saved / "mixtral")
+    tensors["model.layers.1.mlp.up_proj.weight"] = torch.ones(24, 16)
+    text = json.loads((saved / "mixtral" / "config.json").read_text())
+    error = refused(mixtures.bare(tmp_path / "odd", tensors, **text))
+    assert "experts and another MLP would both become model.layers.1.mlp" in str(error)

@@ -77,7 +77,7 @@ def _width(model: Model, made: Sequence[Made]) -> int:
     widths: dict[int, str] = {}
     for one in made:
         if one.item.name.endswith(".mlp.gate_proj.weight"):
-            widths.setdefault(one.held.spec.shape[0], one.item.name)
+            widths.setdefault(sum(one.held.spec.shape[:1]), one.item.name)
     if len(widths) > 1:
         (narrow, first), (wide, second) = sorted(widths.items())[:2]
         raise MismatchError(
@@ -123,6 +123,7 @@ class _Maker:
             owner |= dict.fromkeys((*group.tensors, *group.rows, *group.shared), group)
         blocks = {f"{group.block}." for group in groups}
         done: set[str] = set()
+        self._refuse_twice(groups)
         for name in self.model.tensors:
             found = owner.get(name)
             if found is None:
@@ -140,6 +141,20 @@ class _Maker:
                 where=str(self.site.stage.mark),
                 hint=f"experts are numbered from 0 to {group.count - 1}",
             )
+
+    def _refuse_twice(self, groups: Sequence[ExpertGroup]) -> None:
+        """Refuse experts whose dense MLP would stand where something else does."""
+        seen: set[str] = set()
+        for group in groups:
+            block = dense_block(group)
+            names = [f"{block}.{p}.weight" for p in PROJECTIONS]
+            if block in seen or any(name in self.model.tensors for name in names):
+                raise MismatchError(
+                    f"experts and another MLP would both become {block}",
+                    where=f"{self.model.label}, {group.path}",
+                    hint="no dense class is known that has both",
+                )
+            seen.add(block)
 
     def _refuse_inside(self, name: str, blocks: set[str]) -> None:
         path = name
