@@ -355,9 +355,41 @@ def test_experts_that_are_not_float_are_refused(tmp_path):
         f"{lead}.experts.{e}.up_proj.weight": torch.ones(4, 4, dtype=torch.int8) for e in range(2)
     }
     tensors[f"{lead}.gate.weight"] = torch.ones(2, 4)
-    for name in "ab":
-        mixtures.bare(tmp_path / name, tensors)
-    assert "of dtype I8 cannot be matched" in str(refused(tmp_path / "a", tmp_path / "b"))
+    mixtures.bare(tmp_path / "a", tensors)
+    mixtures.bare(tmp_path / "b", {name: tensor.float() for name, tensor in tensors.items()})
+    for reference, model in ("ab", "ba"):
+        error = refused(tmp_path / reference, tmp_path / model)
+        assert "a, model.layers.0.mlp.experts" in error.where
+        assert "of dtype I8 cannot be matched" in error.problem
+
+
+def test_experts_of_two_dtypes_cannot_change_places(tmp_path):
+    lead = "model.layers.0.mlp"
+    tensors = {
+        f"{lead}.experts.{e}.up_proj.weight": torch.ones(2, 2, dtype=dtype)
+        for e, dtype in enumerate((torch.float32, torch.bfloat16))
+    }
+    tensors[f"{lead}.gate.weight"] = torch.ones(2, 2)
+    mixtures.bare(tmp_path / "mixed", tensors)
+    mixtures.bare(tmp_path / "same", {name: tensor.float() for name, tensor in tensors.items()})
+    error = refused(tmp_path / "same", tmp_path / "mixed")
+    assert "of dtypes BF16 and F32 cannot be matched" in error.problem
+    merge(recipe(tmp_path / "mixed", tmp_path / "same"), tmp_path / "out")  # only compared with
+
+
+@pytest.mark.parametrize("shape", [(), (0, 3), (1,)])
+def test_experts_of_any_shape_are_matched(shape, tmp_path):
+    lead, values = "model.layers.0.mlp", (3.0, 5.0)
+    for folder, order in (("a", (0, 1)), ("b", (1, 0))):
+        tensors = {
+            f"{lead}.experts.{e}.up_proj": torch.full(shape, values[old])
+            for e, old in enumerate(order)
+        }
+        gate = torch.tensor([[values[old]] for old in order])
+        mixtures.bare(tmp_path / folder, {**tensors, f"{lead}.gate.weight": gate})
+    for by in ("weights", "router") if 0 not in shape else ("router",):
+        merge(recipe(tmp_path / "a", tmp_path / "b", parameters={"by": by}), tmp_path / by)
+        assert_same_tensors(stored(tmp_path / by), stored(tmp_path / "a"))
 
 
 def test_a_reference_and_one_model_are_taken(saved):

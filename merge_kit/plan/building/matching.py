@@ -36,7 +36,9 @@ def build(site: Site, method: StructureMethod) -> Built:
     for i, group in enumerate(groups):
         other = by_path[group.path]
         _same_parts(model, reference, group, other)
-        _comparable(model, group)
+        _refuse_without_router(model, group)
+        _refuse_dtypes(model, group, moves=True)
+        _refuse_dtypes(reference, other, moves=False)
         key = f"experts-{site.number}-{i}"
         both = (reference, other), (model, group)
         parts = _router(*both) if method.by == "router" else _weights(*both)
@@ -201,8 +203,8 @@ def _same_shape(name: str, model: Model, reference: Model) -> None:
         )
 
 
-def _comparable(model: Model, group: ExpertGroup) -> None:
-    """Refuse what has no order that could be changed, or no distance."""
+def _refuse_without_router(model: Model, group: ExpertGroup) -> None:
+    """Refuse experts whose order cannot be changed: what chooses them would not follow."""
     if not group.rows:
         raise MismatchError(
             f"no tensor beside the experts has {group.count} rows, one for each of them: the "
@@ -210,10 +212,18 @@ def _comparable(model: Model, group: ExpertGroup) -> None:
             where=f"{model.label}, {group.block}",
             hint="is it part of the file?",
         )
+
+
+def _refuse_dtypes(model: Model, group: ExpertGroup, *, moves: bool) -> None:
+    """Refuse experts between which there is no distance.
+
+    Args:
+        moves: Whether they change places, for which their dtypes must be equal.
+    """
     for part, pieces in group.parts.items():
         dtypes = {model.specs[piece.tensor].dtype for piece in pieces}
-        odd = next((dtype for dtype in dtypes if not is_float(dtype)), None)
-        if odd is not None or len(dtypes) > 1:
+        odd = next((dtype for dtype in sorted(dtypes) if not is_float(dtype)), None)
+        if odd is not None or (moves and len(dtypes) > 1):
             what = f"dtype {odd}" if odd else f"dtypes {' and '.join(sorted(dtypes))}"
             raise MismatchError(
                 f"experts' {part} of {what} cannot be matched",

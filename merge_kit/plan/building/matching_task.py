@@ -64,7 +64,7 @@ class ExpertMatching:
         run = _LEAST
         while 2 * run * self.count * 16 <= _BUFFER_BYTES:
             run *= 2
-        return min(run, max(part.size for part in self.parts))
+        return max(1, min(run, max(part.size for part in self.parts)))
 
 
 def matching(key: str, task: ExpertMatching, *, first: bool) -> Artefact:
