@@ -7,7 +7,12 @@ from typing import Any
 
 from merge_kit.architecture.components import kind_of
 from merge_kit.architecture.config import Edit, edit_config, read_config
-from merge_kit.architecture.sections import DECODER_COUNT_KEYS, section_of, side_of
+from merge_kit.architecture.sections import (
+    DECODER_COUNT_KEYS,
+    ENCODER_COUNT_KEYS,
+    section_of,
+    side_of,
+)
 from merge_kit.architecture.stacking import WHERE, Origins, is_paired, stack_edits
 from merge_kit.architecture.stacks import Stack
 from merge_kit.errors import PlanError
@@ -65,8 +70,16 @@ def _shared_key(config: Mapping[str, Any], stack: Stack, other: Stack) -> str:
     sides = side_of(stack.prefix), side_of(other.prefix)
     if keys and is_paired(one.config, keys) and sides[0] != sides[1]:
         return ""
-    shared = [key for key in keys if key in two.count_keys(other.prefix, other.count)]
-    return shared[0] if shared else ""
+    theirs = two.count_keys(other.prefix, other.count)
+    return next((key for key in keys if key in theirs or _may_count(key, other)), "")
+
+
+def _may_count(key: str, stack: Stack) -> bool:
+    """Return whether a key of one side may be that of a stack such as `text_encoder.layers`."""
+    sides = (("encoder", ENCODER_COUNT_KEYS), ("decoder", DECODER_COUNT_KEYS))
+    return not side_of(stack.prefix) and any(
+        key in keys and word in stack.prefix for word, keys in sides
+    )
 
 
 def _refusal(key: str, prefixes: Sequence[str]) -> PlanError:

@@ -272,3 +272,10 @@ def test_a_stack_is_found_under_a_longer_name():
     assert same_place(long, (short, stack("decoder.layers", 3))) == short
     assert same_place(short, (stack("layers", 2), long)) is None  # which of the two?
     assert same_place(short, (short, long)) == short
+
+
+def test_a_count_that_may_be_of_two_encoders_is_refused_where_one_changes():
+    config = text(encoder_layers=3, decoder_layers=4, speech_encoder_layers=3)
+    speech, words = stack("speech_encoder.encoder.layers", 3), stack("text_encoder.layers", 3)
+    with pytest.raises(PlanError, match=r"encoder_layers describes speech_encoder.* text_encoder"):
+        stacked_configs(config, [(speech, [(config, 0)])], (speech, words))
