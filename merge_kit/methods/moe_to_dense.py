@@ -19,21 +19,20 @@ class MoeToDense(StructureMethod):
     """Turn a mixture of experts into a dense model: the way back from sparse_upcycle.
 
     MLP of layer l = expert e of layer l, or the mean of several of its experts, all counted alike
-    all other tensors = those of the model; the router and what no expert of the result needs is
-    dropped
+    all other tensors = those of the model, without router and other experts
 
     Layers that are dense already keep their MLP; its width must be that of the experts. The mean is
     computed in float64 and rounded once, so that the mean of copies is the copy. It weighs no
-    expert by how often the router chose it: that depends on data. A single expert is the better
-    start where experts were trained apart from random weights; the mean fits experts that began as
-    copies.
+    expert by how often the router chose it: that depends on data. It suits experts that
+    began as copies of one model; those that began apart have no common order of hidden units, and
+    a single one says more.
 
     Attributes:
         experts: Which expert (`3`), or the experts whose mean is taken (`[0, 2]`), or "all"; or
             "shared", for the expert that every token of a qwen2_moe passes.
         architecture: The dense class. By default mixtral becomes mistral (or llama, whose layers
             are the same where no sliding window is set), qwen2_moe becomes qwen2, and qwen3_moe
-            qwen3. It is needed only for a model without config.json.
+            qwen3. For a model without config.json it must be named.
 
     Cost: one pass; single experts are copied.
     Source: the inverse of Komatsuzaki et al. 2023, Sparse Upcycling,
