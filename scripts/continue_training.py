@@ -102,7 +102,7 @@ class Trainer:
 
     def loss(self, model: nn.Module) -> float:
         """Return the mean loss over the skills, of held-out answers."""
-        model.eval()
+        model.to(self._device).eval()
         with torch.inference_mode():
             losses = [
                 float(self._of(model, held_out_text(skill, HELD_OUT), whole=False))

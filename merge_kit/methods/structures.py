@@ -27,6 +27,12 @@ class Listed:
 
 @dataclass(frozen=True, kw_only=True)
 class StructureMethod(MergeMethod):
-    """Base of the methods that build models of another structure."""
+    """Base of the methods that build models of another structure.
+
+    Attributes:
+        spans_layers: Parameters that may be a list over layers, and differ by filters: their
+            builder looks them up tensor by tensor, and the method itself has the default.
+    """
 
     makes: ClassVar[Literal["model", "adapter", "structure"]] = "structure"
+    spans_layers: ClassVar[frozenset[str]] = frozenset()

@@ -24,17 +24,17 @@ def structure_method(stage: Stage, entries: Sequence[Entry] | None = None) -> St
         RecipeError: If a value is missing, of the wrong type, or out of range.
     """
     kind = find(stage.merge_method)
+    assert issubclass(kind, StructureMethod)  # what builds is registered as such
     models = stage.models if entries is None else entries
     marks: dict[str, Mark] = {}
-    values = {p.field: _value(p, stage, models, marks) for p in parameters(kind)}
+    single = [p for p in parameters(kind) if p.name not in kind.spans_layers]
+    values = {p.field: _value(p, stage, models, marks) for p in single}
     try:
-        made = kind(**values)
+        return kind(**values)
     except ParameterError as error:
         where = marks.get(error.parameter, stage.mark)
         hint = error.hint or f"see `mergekit methods {stage.merge_method}`"
         raise RecipeError(error.problem, where=str(where), hint=hint) from error
-    assert isinstance(made, StructureMethod)  # what builds is registered as such
-    return made
 
 
 def _value(wanted: Parameter, stage: Stage, models: Sequence[Entry], marks: dict[str, Mark]) -> Any:
