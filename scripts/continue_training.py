@@ -59,12 +59,14 @@ class Case:
 
 CASES = (
     Case("base, as it is (4 layers)", folder="demo/base"),
+    Case("expert add, as it is (4 layers)", folder="demo/add"),
+    Case("expert sort, as it is (4 layers)", folder="demo/sort"),
     Case("stacked: 3 layers of add, 3 of sort", recipe="stack.yaml"),
-    Case("upscaled, overlap_mode: drop (6 layers)", recipe="depth_upscale.yaml"),
-    Case("upscaled, overlap_mode: sum (6 layers)", recipe="sum_seam.yaml"),
-    Case("upscaled, block_expansion (6 layers)", recipe="block_expansion.yaml"),
-    Case("upcycled: add, sort, translate as experts", recipe="upcycle.yaml"),
-    Case("upcycled: copies of one model", recipe="upcycle_copies.yaml"),
+    Case("upscaled: add, overlap_mode: drop (6 layers)", recipe="depth_upscale.yaml"),
+    Case("upscaled: add and sort, overlap_mode: sum (6 layers)", recipe="sum_seam.yaml"),
+    Case("upscaled: add, block_expansion (6 layers)", recipe="block_expansion.yaml"),
+    Case("upcycled: add, sort, translate as 3 experts", recipe="upcycle.yaml"),
+    Case("upcycled: 4 copies of sort", recipe="upcycle_copies.yaml"),
 )
 
 
