@@ -43,9 +43,9 @@ HELD_OUT = 200
 SKILL_LINES, GENERAL_LINES = 16, 16
 """Lines of each skill, and of general text, in a batch."""
 
-CONTINUED, FRESH = (3e-4, 1e-3), (1e-3, 3e-3)
+CONTINUED, FRESH = (3e-4, 1e-3, 3e-3), (1e-3, 3e-3, 1e-2)
 """Learning rates that are tried, for models that know something and for those that know nothing;
-of each the better one counts, chosen by the loss on the first seed."""
+of each the best one counts, chosen by the loss on the first seed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +154,7 @@ def measure(case: Case, folder: Path, trainer: Trainer, seeds: int) -> Result:
 def _best(
     make: Any, rates: Sequence[float], trainer: Trainer, seeds: int
 ) -> tuple[float, tuple[float, ...]]:
-    """Return the better learning rate on the first seed, and the losses with it on all."""
+    """Return the best learning rate on the first seed, and the losses with it on all."""
     first = {}
     for rate in rates:
         torch.manual_seed(0)
