@@ -17,7 +17,7 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -165,6 +165,8 @@ class StructurePrograms(Programs):
 
 def shallow_model(folder: Path, size: str, ours: Path, layers: int) -> Path:
     """Make a model of the first layers of the base, if it is not there."""
+    if layers == LAYERS[size]:
+        return folder / size / "base"
     target = folder / size / f"base-{layers}"
     if not target.exists():
         recipe = folder / f"{size}-base-{layers}.yaml"
@@ -193,12 +195,17 @@ def plans(folder: Path) -> dict[str, tuple[str, str]]:
     }
 
 
+def is_asked(name: str, only: Sequence[str]) -> bool:
+    """Return whether a row is to be measured."""
+    return not only or any(name.startswith(word) for word in only)
+
+
 def planned(folder: Path, ours: Path, runs: int, only: list[str]) -> tuple[str, list[str]]:
     """Write the headers, plan, and return a table and what took too long."""
     maker = Path(__file__).parent / "make_twins.py"
     rows, late = [], []
     for name, (size, text) in plans(folder).items():
-        if only and not any(name.startswith(word) for word in only):
+        if not is_asked(name, only):
             continue
         subprocess.run([sys.executable, maker, folder / size, "--size", size], check=True)
         recipe = folder / f"{name.replace(' ', '-').replace(',', '')}.yaml"
@@ -219,7 +226,7 @@ def planned(folder: Path, ours: Path, runs: int, only: list[str]) -> tuple[str, 
         if seconds > PLAN_LIMITS_S.get(name, float("inf")):
             late.append(f"the plan of {name} took {seconds:.2f} s")
     head = ["plan", "layers", "parameters", "output", "whole process", "peak memory"]
-    return markdown(head, rows), late
+    return markdown(head, rows) if rows else "", late
 
 
 def over(name: str, figures: dict[str, list[Finished]]) -> list[str]:
@@ -255,6 +262,8 @@ def arguments() -> argparse.Namespace:
 
 def merged(options: argparse.Namespace, ours: Path, folder: Path) -> tuple[str, list[str]]:
     """Make the models, measure, and return a table and what is over its limits."""
+    if not any(is_asked(name, options.only) for name in tasks(folder, options.size, (folder, 0))):
+        return "", []
     maker = Path(__file__).parent / "make_models.py"
     target = folder / options.size
     subprocess.run([sys.executable, maker, target, "--size", options.size], check=True)
@@ -266,7 +275,7 @@ def merged(options: argparse.Namespace, ours: Path, folder: Path) -> tuple[str, 
         peers = {name: program(options.peer / "bin" / name) for name in PEER_PROGRAMS}
     rows, late = [], []
     for number, (name, task) in enumerate(tasks(folder, options.size, shallow).items()):
-        if options.only and not any(name.startswith(word) for word in options.only):
+        if not is_asked(name, options.only):
             continue
         recipe = folder / f"{options.size}-structure-{number}.yaml"
         recipe.write_text(task.text)
@@ -286,11 +295,11 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     plan_table, late_plans = planned(folder, ours, options.runs, options.only)
     merge_table, late = merged(options, ours, folder)
-    print(f"{plan_table}\n\n{merge_table}")
+    table = "\n\n".join(part for part in (plan_table, merge_table) if part)
+    print(table)
     if options.write:
         places = {"FOLDER": options.folder, "PEER": options.peer, "MERGEKIT": options.mergekit}
         command = command_line("bench_structures.py", **places)
-        table = f"{plan_table}\n\n{merge_table}"
         record(f"Models of another structure, from {options.size} models, bf16", command, table)
     if late or late_plans:
         sys.exit("\n".join(late_plans + late))
