@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from merge_kit.core.names import glob_matches
-from merge_kit.plan.assemble import Assembly
-from merge_kit.plan.models import Ingredient, Model, Overlay
+from merge_kit.plan.models import Model
+from merge_kit.plan.reasons import Reasons, Stages, ingredients
 from merge_kit.plan.steps import Made
 from merge_kit.plan.values import Fate
 
-Stages = Sequence[tuple[Assembly, Sequence[Made], Model]]
-"""Of each stage, in order: how it is assembled, what it makes, and its result as a model."""
+__all__ = ["fates", "ingredients"]
 
 
 class _Uses:
@@ -61,8 +59,7 @@ class _Uses:
 
 def fates(models: Sequence[Model], stages: Stages) -> list[Fate]:
     """Return one fate for each tensor of each input, in file order."""
-    uses, rows, changed = _Uses(stages), [], _changed_by(stages)
-    left = {key: why for assembly, _, _ in stages for key, why in assembly.left_out.items()}
+    uses, reasons, rows = _Uses(stages), Reasons(stages), []
     for model in models:
         idle = model.adapter.dropped if model.adapter is not None else {}
         for name in model.tensors:
@@ -76,43 +73,6 @@ def fates(models: Sequence[Model], stages: Stages) -> list[Fate]:
             elif tensor in uses.passed_over:
                 why = f"on_conflict: {stages[-1][0].stage.on_conflict}"
                 rows.append(Fate(model.key, name, "dropped", why))
-            elif tensor in left:
-                rows.append(Fate(model.key, name, "dropped", left[tensor]))
             else:
-                why = _why(changed.get(tensor, name), stages)
-                rows.append(Fate(model.key, name, "dropped", why))
+                rows.append(Fate(model.key, name, "dropped", reasons.of(model, name)))
     return rows
-
-
-def ingredients(overlay: Overlay, name: str) -> Sequence[Ingredient]:
-    """Return what a tensor of a model with adapters is made of."""
-    return overlay.made_of.get(name) or (Ingredient(overlay.under, name, "copied"),)
-
-
-def _changed_by(stages: Stages) -> dict[tuple[Model, str], str]:
-    """Return a tensor of a model for each tensor of an adapter that changes it."""
-    models = {part.model for _, made, _ in stages for one in made for part in one.item.parts}
-    overlays = [model.overlay for model in models if model.overlay is not None]
-    return {
-        (used.model, used.tensor): name
-        for overlay in overlays
-        for name, parts in overlay.made_of.items()
-        for used in parts
-        if used.model is not overlay.under
-    }
-
-
-def _why(name: str, stages: Stages) -> str:
-    """Return why no output tensor takes this one."""
-    for assembly, _, _ in stages:
-        rule = next((r for r in assembly.stage.tensors if glob_matches(r.match, name)), None)
-        if rule is not None and (rule.drop or rule.copy is not None or rule.models is not None):
-            return f"rule {rule.match!r}"
-    assembly = stages[-1][0]
-    if assembly.stage.tensors or assembly.stage.modules:
-        what = "no rule takes it" if assembly.stage.tensors else "of no named module or slice"
-        found = "taken from" if name in assembly.donor.tensors else "no such tensor in"
-        return f"{what}: {found} {assembly.donor.label}"
-    if any(a.stage.slices for a, _, _ in stages):
-        return "in no slice"
-    return "the model only lends its files"
