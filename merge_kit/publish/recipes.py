@@ -14,8 +14,14 @@ from merge_kit.plan.values import PlanInput
 from merge_kit.publish.references import References, folder_name, without_homes
 
 Rewrite = Callable[[str, str], str]
+_KEY = re.compile(r"^(input-\d+|statistics-\d+|numbers-\d+|local):")
+_SUFFIX = re.compile(r"\.safetensors(?=$|:)")
+"""At the end, or before the name of a tensor of the file."""
 _STRING = "tag:yaml.org,2002:str"
 _SCALARS: Any = yaml.SafeLoader("")
+_PARAMETERS = "parameters"
+_FILES = {"statistics", "basis"}
+"""Parameters whose values are files."""
 _REFERENCES = {
     "model",
     "source_model",
@@ -25,9 +31,8 @@ _REFERENCES = {
     "copy",
     "source",
     "tokenizer_source",
-    "statistics",
+    *_FILES,
 }
-_PARAMETERS, _STATISTICS = "parameters", "statistics"
 
 
 def portable_recipe(recipe_text: str, inputs: Sequence[PlanInput]) -> str:
@@ -114,12 +119,12 @@ def _children(node: Any, key: str) -> Iterator[tuple[str, Any]]:
 def _below(key: str, name: str) -> str:
     """Return the key that the value of a mapping stands under.
 
-    Parameters hold no references, but for files of statistics: as a value, or in {filter, value}.
+    Parameters hold no references, but for files: as a value, or in {filter, value}.
     """
     if key == _PARAMETERS:
-        return _STATISTICS if name == _STATISTICS else _PARAMETERS
-    if key == _STATISTICS:
-        return _STATISTICS if name == "value" else _PARAMETERS
+        return name if name in _FILES else _PARAMETERS
+    if key in _FILES:
+        return key if name == "value" else _PARAMETERS
     return name
 
 
@@ -154,8 +159,8 @@ def _value(node: Any) -> str:
 
 
 def _last_parts(text: str) -> str:
-    parts = (re.sub(r"^(input-\d+|statistics-\d+|local):", "", part) for part in text.split("+"))
-    return "+".join(folder_name(part).removesuffix(".safetensors") for part in parts)
+    parts = (_KEY.sub("", part) for part in text.split("+"))
+    return "+".join(_SUFFIX.sub("", folder_name(part)) for part in parts)
 
 
 def _digest(*parts: str) -> str:

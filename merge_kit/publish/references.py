@@ -9,8 +9,12 @@ from pathlib import PurePath
 
 from merge_kit.plan.values import PlanInput
 
-_WORDS = {"base", "union"}
-_WORD_KEYS = {"source", "tokenizer_source"}
+_WORDS = {
+    "source": {"base", "union"},
+    "tokenizer_source": {"base", "union"},
+    "basis": {"svd"},
+}
+"""What is no reference, by the key that it stands under."""
 _HOME = re.compile(
     r"(?<![\w.~-])(?:(?:/home|/Users|[A-Za-z]:\\Users)[/\\][^/\\\s\"']+|/root(?=/|$))"
 )
@@ -38,16 +42,26 @@ class References:
 
     def portable(self, key: str, text: str) -> str:
         """Return a reference that stands under a key: `input-1:name` where it is a local path."""
-        if text.split("@", 1)[0] in self._stages or (key in _WORD_KEYS and text in _WORDS):
+        if text.split("@", 1)[0] in self._stages or text in _WORDS.get(key, ()):
             return text
         found = self._find(text)
         if found is not None:
             return label(found, text)
+        if key == "basis":
+            return self._tensor(text)
         if "+" in text:
             return "+".join(self.portable(key, part) for part in text.split("+"))
         path, at, revision = text.rpartition("@")
         if at and path:
             return f"{self.portable(key, path)}@{revision}"
+        return f"local:{folder_name(text)}" if _LOCAL.match(text) else text
+
+    def _tensor(self, text: str) -> str:
+        """Return the reference to a tensor of a file, `FILE:TENSOR`, or to a file alone."""
+        path, colon, name = text.rpartition(":")
+        found = self._find(path) if colon and path else None
+        if found is not None:
+            return f"{label(found)}:{printable(name)}"
         return f"local:{folder_name(text)}" if _LOCAL.match(text) else text
 
     def _find(self, text: str) -> PlanInput | None:

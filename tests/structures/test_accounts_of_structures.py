@@ -34,21 +34,22 @@ RECIPES = {
     + "merge_method: passthrough\nbase_model: c\n"
     + "slices: [{sources: [{model: expert, layers: [1, 2]}]}]",
     "copies that meet": "merge_method: depth_upscale\nmodels: [{model: a}]\n"
-    + "parameters: {target_layers: 5}",
+    "parameters: {target_layers: 5}",
     "an upper copy of a stage": EXPERT
     + "merge_method: depth_upscale\nmodels: [{model: c}, {model: expert}]\n"
     + "parameters: {overlap: 2, overlap_mode: sum}",
     "a base that lends files": "merge_method: depth_upscale\nbase_model: c\nmodels: [{model: a}]\n"
-    + "parameters: {target_layers: 6}",
+    "parameters: {target_layers: 6}",
     "identities": "merge_method: depth_upscale\nmodels: [{model: a}]\n"
-    + "parameters: {target_layers: 8, block_expansion: true}",
+    "parameters: {target_layers: 8, block_expansion: true}",
     "an expert of a stage": EXPERT
     + "merge_method: sparse_upcycle\nbase_model: c\nmodels: [{model: expert}, {model: c}]\n"
     + "parameters: {architecture: qwen2_moe, sparse_layers: odd}",
     "an expert of a stack": "name: expert\nmerge_method: passthrough\n"
-    + "slices: [{sources: [{model: a, layers: [0, 1, 2]}]}, {sources: [{model: b, layers: [3]}]}]\n---\n"
-    + "merge_method: sparse_upcycle\nbase_model: c\nmodels: [{model: expert}, {model: c}]\n"
-    + "parameters: {architecture: mixtral}",
+    "slices: [{sources: [{model: a, layers: [0, 1, 2]}]}, "
+    "{sources: [{model: b, layers: [3]}]}]\n---\n"
+    "merge_method: sparse_upcycle\nbase_model: c\nmodels: [{model: expert}, {model: c}]\n"
+    "parameters: {architecture: mixtral}",
     "one expert back": MIXTURE
     + "merge_method: moe_to_dense\nmodels: [{model: mixture}]\n"
     + "parameters: {architecture: llama, experts: [1]}",
