@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping, Sequence
+from math import fsum
 
 import torch
 from torch import Tensor
@@ -94,7 +95,8 @@ def _read(
 def best_order(products: Tensor) -> list[int]:
     """Return for each row the column that it is matched with: the sum of products is largest.
 
-    Where an exchange with a row's own column loses nothing, it is made: copies stay where they are.
+    Of orders that are equally good, it is the rows' own if that is one of them; else exchanges with
+    a row's own column that lose nothing are made: copies stay where they are.
     """
     from scipy.optimize import (  # type: ignore[import-untyped]  # noqa: PLC0415  (slow to load)
         linear_sum_assignment,
@@ -103,6 +105,9 @@ def best_order(products: Tensor) -> list[int]:
     _, found = linear_sum_assignment(products.numpy(), maximize=True)
     order = [int(column) for column in found]
     gains = products.tolist()
+    own = fsum(gains[i][i] for i in range(len(order)))
+    if own >= fsum(gains[i][column] for i, column in enumerate(order)):
+        return list(range(len(order)))
     for i, column in enumerate(order):
         if column != i:
             k = order.index(i)

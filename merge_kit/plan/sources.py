@@ -268,8 +268,9 @@ class Chosen:
         key: Of the artefact.
         name: Of a vector of whole numbers in it.
         place: Where the vector holds the number of the source.
-        plain: Whether all sources are runs of bytes of files, so that one tells what reading any
-            of them takes: a plan may hold as many choices as there are experts, each among all.
+        plain: Whether all sources are runs of bytes of files, or views of one source, so that one
+            tells what reading any of them takes: a plan may hold as many choices as there are
+            experts, each among all.
     """
 
     sources: tuple[Source, ...]

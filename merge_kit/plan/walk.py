@@ -48,7 +48,7 @@ def is_whole_aux(step: Step, source: Source) -> bool:
 def parts(source: Source) -> list[Source]:
     """Return the sources that a source is made of; a step that feeds it is not looked into.
 
-    Of runs of files that one is chosen of, the first stands for all.
+    Of sources that are read alike and one is chosen of, the first stands for all.
     """
     match source:
         case Rows() | View() | Permuted() | Transposed():
@@ -76,6 +76,8 @@ def with_parts(source: Source, change: Callable[[Source], Source]) -> Source:
     made = {id(part): change(part) for part in inside}
     if all(made[id(part)] is part for part in inside):
         return source
+    if isinstance(source, Chosen) and source.plain:
+        return replace(source, sources=tuple(map(change, source.sources)))
     changed: dict[str, Any] = {}
     for entry in fields(source):
         value = getattr(source, entry.name)
@@ -89,12 +91,23 @@ def with_parts(source: Source, change: Callable[[Source], Source]) -> Source:
 
 
 def merged_below(source: Source) -> Iterator[Merged]:
-    """Yield every result of another stage below a source, itself if it is one, inner ones first."""
+    """Yield every result of another stage below a source, itself if it is one, inner ones first.
+
+    Each is yielded once, however often it is read.
+    """
+    yield from _merged_below(source, set())
+
+
+def _merged_below(source: Source, seen: set[int]) -> Iterator[Merged]:
+    if isinstance(source, Merged):
+        if id(source) in seen:
+            return
+        seen.add(id(source))
     for part in parts(source):
-        yield from merged_below(part)
+        yield from _merged_below(part, seen)
     if isinstance(source, Merged):
         for operand in operands(source.step):
-            yield from merged_below(operand)
+            yield from _merged_below(operand, seen)
         yield source
 
 
@@ -112,8 +125,9 @@ def feeding(step: Step) -> Iterator[Merged]:
 def merged_sources(step: Step) -> list[Merged]:
     """Return every feeding step below a step, each once, after those that feed it in turn."""
     found: dict[int, Merged] = {}
+    seen = set[int]()
     for operand in operands(step):
-        for source in merged_below(operand):
+        for source in _merged_below(operand, seen):
             found.setdefault(id(source.step), source)
     return list(found.values())
 

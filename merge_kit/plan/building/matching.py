@@ -12,13 +12,14 @@ from merge_kit.methods.match_experts import MatchExperts
 from merge_kit.methods.structures import StructureMethod
 from merge_kit.plan.assemble import Assembly
 from merge_kit.plan.building.built import Built, Site
+from merge_kit.plan.building.choices import Order
 from merge_kit.plan.building.experts_found import whole_groups
 from merge_kit.plan.building.matching_task import ORDER, Compared, ExpertMatching, Slot, matching
 from merge_kit.plan.building.one_model import whole_model
 from merge_kit.plan.building.pieces import copied, made_of, part_of
 from merge_kit.plan.configs import result_parts
 from merge_kit.plan.models import Model
-from merge_kit.plan.sources import Chosen, Concat, Source, Stored, View
+from merge_kit.plan.sources import Concat, Source, View
 from merge_kit.plan.steps import Made
 from merge_kit.plan.values import Artefact
 from merge_kit.recipe.values import ModelRef
@@ -73,24 +74,18 @@ def _models(site: Site) -> tuple[ModelRef, Model, Model]:
 
 def _ordered(model: Model, group: ExpertGroup, key: str) -> Iterator[tuple[str, Source]]:
     """Yield the tensors of a group, by name, in an order that is found before the run."""
+    order = Order(key, ORDER)
     apart = list(group.parts.values()) if group.layout == "split" else []
     for pieces in apart:
         sources = tuple(model.tensors[piece.tensor].source for piece in pieces)
-        chosen = _chosen(sources, key)
+        chosen = order.choices(sources)
         yield from ((piece.tensor, one) for piece, one in zip(pieces, chosen, strict=True))
     for name in (*(group.tensors if group.layout == "fused" else ()), *group.rows):
         held = model.tensors[name]
         shape = (1, *held.spec.shape[1:])
         size = prod(shape)
         rows = tuple(View(held.source, i * size, shape) for i in range(group.count))
-        yield name, Concat(_chosen(rows, key))
-
-
-def _chosen(sources: tuple[Source, ...], key: str) -> tuple[Source, ...]:
-    """Return sources in the order that is found."""
-    inner = (source.source if isinstance(source, View) else source for source in sources)
-    plain = all(isinstance(source, Stored) for source in inner)
-    return tuple(Chosen(sources, key, ORDER, place, plain) for place in range(len(sources)))
+        yield name, Concat(order.choices(rows))
 
 
 def _tensors(
