@@ -90,8 +90,9 @@ def _check_config(config: Mapping[str, Any]) -> None:
         if held is value if value is not None else held:
             shown = json.dumps(held)[:50]
             raise PlanError(f"{key} is {shown} in config.json: {why}", hint=_REPEAT)
-    if config.get("model_type") in PLAIN:
-        why = f"{config['model_type']} puts norms on the stream itself, with no way past them"
+    kind = str(config.get("model_type", ""))  # of any JSON type
+    if kind in PLAIN:
+        why = f"{kind} puts norms on the stream itself, with no way past them"
         raise PlanError(why, hint=_REPEAT)
 
 

@@ -184,3 +184,8 @@ def test_unknown_names_come_with_those_that_are_known():
     with pytest.raises(PlanError) as caught:
         output_projections({"w": (H, H)}, None)
     assert "named as those of Llama, Mistral, Qwen" in caught.value.hint
+
+
+@pytest.mark.parametrize("kind", [["llama"], {"llama": 1}, 4, None, True])
+def test_a_model_type_of_another_json_type_is_that_of_no_known_class(kind):
+    assert output_projections(LLAMA, {"model_type": kind}) == output_projections(LLAMA, {})
