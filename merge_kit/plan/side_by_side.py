@@ -18,6 +18,7 @@ from merge_kit.architecture.layer_sizes import (
 )
 from merge_kit.architecture.sections import section_of
 from merge_kit.architecture.stacks import Stack
+from merge_kit.architecture.ties import embedding_for, is_head
 from merge_kit.errors import MismatchError
 from merge_kit.plan.items import Item
 from merge_kit.plan.models import Model
@@ -124,24 +125,34 @@ class SideBySide:
     def outside(self, items: Sequence[Item], where: str) -> Iterator[MismatchError]:
         """Yield an error for each tensor outside the layers whose shape is not the donor's."""
         for item in items:
-            if not item.parts or item.name not in self._donor.tensors:
+            ours = self._like(item.name)
+            if not item.parts or ours is None:
                 continue
             part = item.parts[0]
             shape = part.model.tensors[part.name].spec.shape
-            here = self._donor.tensors[item.name].spec.shape
+            here = self._donor.tensors[ours].spec.shape
             if shape == here or _is_mask(item.name, shape) or part.model.label in self._refused:
                 continue
             keys = differing_keys(
                 self._config, self._config_of(part.model, self._stack), here, shape
             )
+            whose = "that" if ours == item.name else f"{ours}, the tied head"
             yield MismatchError(
-                f"{item.name} of {part.model.label} has shape {list(shape)}, that of "
+                f"{item.name} of {part.model.label} has shape {list(shape)}, {whose} of "
                 f"{self._donor.label}, whose config is taken, {list(here)}"
                 + "".join(f"; {key} differs" for key in keys),
                 where=where,
                 hint="the first slice gives what stands before the layers, the last what stands "
                 "after them: take both from models of one size and vocabulary",
             )
+
+    def _like(self, name: str) -> str | None:
+        """Return the donor's tensor that one outside the layers must fit: of a head that a tied
+        donor does not store, its embedding.
+        """
+        if name in self._donor.tensors:
+            return name
+        return embedding_for(name, self._donor.specs) if is_head(name) else None
 
     def note(self, model: Model, stack: Stack) -> str | None:
         """Return what of a model's config the output does not keep, once for each model."""
