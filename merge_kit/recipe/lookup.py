@@ -51,7 +51,8 @@ def lookup(
 def coerce(value: Scalar, kind: type, where: Mark) -> Scalar:
     """Return the value as float, int, bool or str.
 
-    Numbers may be written as text. Whole numbers may have a fraction of zero; 0 and 1 are bools.
+    Numbers may be written as text. Whole numbers may have a fraction of zero; 0 and 1 are bools,
+    and bools are numbers where these may have a fraction, but no counts.
 
     Raises:
         RecipeError: If the value is none of that type.
@@ -69,6 +70,8 @@ def converted(value: Scalar, kind: type) -> Scalar | None:
         return value if isinstance(value, str) else None
     if kind is bool:
         return _boolean(value)
+    if kind is int and isinstance(value, bool):
+        return None  # `overlap: true` means no number of layers
     number = _number(value)
     if kind is not int or number is None:
         return number if number is None else float(number)

@@ -67,7 +67,6 @@ def test_the_place_of_the_value_comes_with_it():
         (10.0, int, 10),
         ("10", int, 10),
         ("1e1", int, 10),
-        (True, int, 1),
         (0, bool, False),
         (1.0, bool, True),
         ("False", bool, False),
@@ -94,6 +93,8 @@ def test_values_as_types(written, kind, expected):
         ("1" * 200, float),
         (1.5, int),
         ("1.5", int),
+        (True, int),  # `overlap: true` is no number of layers
+        (False, int),
         (2, bool),
         (0.5, bool),
         ("maybe", bool),
