@@ -43,6 +43,8 @@ class Family:
         rms_norm_eps: Its default.
         implicit_head_dim: Whether head_dim is hidden_size / num_attention_heads by default.
         whole_heads: Whether readers want hidden_size to be a multiple of num_attention_heads.
+        factors_by_size: Whether readers count factors of long positions by hidden_size and
+            num_attention_heads, whatever head_dim says.
     """
 
     layer: str
@@ -53,6 +55,7 @@ class Family:
     rms_norm_eps: float = 1e-6
     implicit_head_dim: bool = True
     whole_heads: bool = False
+    factors_by_size: bool = False
 
     def key(self, size: str) -> str:
         """Return the name that config.json has for a size."""
@@ -212,7 +215,7 @@ FAMILIES: Mapping[str, Family] = {
     "mistral": _llama(_ATTENTION, _MLP),
     "qwen2": _llama(_ATTENTION, _MLP),
     "qwen3": _llama(_ATTENTION, _MLP, implicit_head_dim=False),
-    "phi3": _llama(_ATTENTION, _MLP, rms_norm_eps=1e-5),
+    "phi3": _llama(_ATTENTION, _MLP, rms_norm_eps=1e-5, factors_by_size=True),
     "mixtral": _llama(_ATTENTION, _MIXTRAL, rms_norm_eps=1e-5),
     "qwen2_moe": _llama(_ATTENTION, _MLP, _QWEN_MOE),
     "qwen3_moe": _llama(_ATTENTION, _MLP, _QWEN_MOE),

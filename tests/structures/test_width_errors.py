@@ -254,3 +254,30 @@ def test_quantised_weights_are_refused(llama, tmp_path):
     model = edited(llama, tmp_path / "model", {name: torch.ones(48, 32, dtype=torch.int8)})
     with pytest.raises(MismatchError, match="is I8, and its size changes: expected floats"):
         change("pad", model, tmp_path / "out", intermediate_size=64)
+
+
+LONG = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0, 1.1, 1.2, 1.3],
+    "long_factor": [2.0, 3.0, 4.0, 5.0],
+    "original_max_position_embeddings": 32,
+}
+
+
+@pytest.mark.parametrize("sizes", [{"hidden_size": 48}, {"num_attention_heads": 8}])
+def test_a_phi3_of_long_positions_keeps_its_width_for_each_head(sizes, tmp_path):
+    phi3 = narrow.save("phi3", tmp_path / "phi3", rope_parameters=LONG)
+    if "num_attention_heads" in sizes:
+        sizes = sizes | {"num_key_value_heads": 4}
+    said = refused("pad", phi3, tmp_path, **sizes)
+    assert "rope_scaling has a factor for each of the frequencies" in said
+    assert "in place of 8" in said
+
+
+def test_a_phi3_of_long_positions_grows_in_proportion(tmp_path):
+    phi3 = narrow.save("phi3", tmp_path / "phi3", rope_parameters=LONG)
+    sizes = {"hidden_size": 64, "num_attention_heads": 8, "num_key_value_heads": 4}
+    change("pad", phi3, tmp_path / "out", **sizes)
+    before, after = narrow.load("phi3", phi3), narrow.load("phi3", tmp_path / "out")
+    assert torch.allclose(narrow.logits(before), narrow.logits(after), atol=1e-5)

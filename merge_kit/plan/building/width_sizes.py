@@ -106,6 +106,25 @@ def _heads(model: Model, widths: Widths) -> Iterator[tuple[Kind, str, str]]:
             "readers of this architecture refuse such a config, whatever its head_dim"
         )
         yield "hidden_size", problem, "choose a multiple"
+    if changed and _has_factors(model, widths.family) and _whole(new) != _whole(old):
+        problem = (
+            f"rope_scaling has a factor for each of the frequencies of a head, and hidden_size / "
+            f"num_attention_heads, by which readers of this architecture count them, would be "
+            f"{_whole(new)} in place of {_whole(old)}"
+        )
+        yield "hidden_size", problem, "change both in one proportion, or neither"
+
+
+def _whole(sizes: Sizes) -> int:
+    return sizes.hidden_size // sizes.num_attention_heads
+
+
+def _has_factors(model: Model, family: Family) -> bool:
+    """Return whether positions have factors, in an architecture that counts them by its sizes."""
+    held = [(model.config or {}).get(key) for key in ("rope_parameters", "rope_scaling")]
+    return family.factors_by_size and any(
+        isinstance(one, dict) and ("short_factor" in one or "long_factor" in one) for one in held
+    )
 
 
 def _fitting(widths: Widths) -> str:
