@@ -21,8 +21,9 @@ from merge_kit.cli.streams import complain
 from merge_kit.cli.text import print_json_line
 from merge_kit.core.sizes import format_size
 from merge_kit.errors import InterruptedRun
-from merge_kit.plan.describe import counts_line, plural
+from merge_kit.plan.describe import counts_line, generated_count, plural
 from merge_kit.plan.describe_adapters import residual_table, residuals
+from merge_kit.plan.describe_orders import Orders, order_lines
 from merge_kit.plan.values import Plan
 
 
@@ -100,14 +101,15 @@ def _merge(recipe: RecipeLike, place: Path, choices: Choices, planning: Planning
 
 def _result(merge: api.Merge) -> dict[str, Any]:
     merged, copied, dropped = merge.plan.counts()
-    report = merge.report
+    report, generated = merge.report, generated_count(merge.plan)
     missed = {"missed": extraction_table.as_json(merge)} if _extracts(merge) else {}
     ranks = {"ranks": {one.key: one.rank for one in merge.plan.ranks}} if merge.plan.ranks else {}
     found = {one.key: one.relative for one in residuals(report.facts)}
     return {
         "output": str(merge.output),
         "seconds": report.seconds,
-        "merged": merged,
+        "merged": merged - generated,
+        **({"generated": generated} if generated else {}),
         "copied": copied,
         "dropped": dropped,
         "peak_bytes": report.peak_bytes,
@@ -115,8 +117,13 @@ def _result(merge: api.Merge) -> dict[str, Any]:
         "bytes_written": report.bytes_written,
         **ranks,
         **({"residuals": found} if found else {}),
+        **({"orders": _orders(report.orders)} if report.orders else {}),
         **missed,
     }
+
+
+def _orders(orders: Orders) -> dict[str, list[int]]:
+    return {where: [expert for expert, _ in pairs] for where, pairs in orders.items()}
 
 
 def _closing_lines(merge: api.Merge) -> list[str]:
@@ -129,6 +136,7 @@ def _closing_lines(merge: api.Merge) -> list[str]:
     resumed = [f"went on from an earlier run that had finished {report.resumed:,} steps"]
     return [
         *missed,
+        *order_lines(report.orders),
         counts_line(plan),
         *(resumed if report.resumed else []),
         f"{report.seconds:.1f} s, {rate}/s read and written, peak memory {peak} of {promised}",

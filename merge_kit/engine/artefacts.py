@@ -41,6 +41,10 @@ FINDERS: dict[type, Finder] = {
 """How each kind of task is done; see `plan.values.Artefact`."""
 
 
+_TELLING_BYTES = 16 << 20
+"""Bytes read from one event of progress to the next."""
+
+
 def find_artefacts(run: RunState, stop: threading.Event) -> None:
     """Fill `run.found` with the plan's artefacts: those of an earlier run, or found now.
 
@@ -51,16 +55,38 @@ def find_artefacts(run: RunState, stop: threading.Event) -> None:
     for artefact in run.plan.artefacts:
         if stop.is_set():
             raise InterruptedRun(2, hint="run the same command again to go on from here")
-        path = _path(run, artefact)
+        path, share = _path(run, artefact), _Share(run, artefact)
         known = read_found(path)
         if known is None:
-            operands = prepared(run, stop)
+            operands = prepared(run, stop, share.read)
             try:
                 known = find(artefact.task, operands, stop)
             finally:
                 operands.close()
             write_found(path, known)
+        share.end()
         run.found[artefact.key] = known
+
+
+class _Share:
+    """The part of a run's progress that finding one artefact is: the bytes that it should read."""
+
+    def __init__(self, run: RunState, artefact: Artefact) -> None:
+        self._tally, self._key, self._left = run.tally, artefact.key, artefact.read_bytes
+        self._silent = 0
+
+    def read(self, count: int) -> None:
+        """Count bytes that were read, and tell who listens when they are many."""
+        self._silent = min(self._left, self._silent + count)
+        if self._silent >= _TELLING_BYTES:
+            self._tally.moved(self._silent, self._key)
+            self._left, self._silent = self._left - self._silent, 0
+
+    def end(self) -> None:
+        """Count what is left, for the next event to tell."""
+        with self._tally.lock:
+            self._tally.done_bytes += self._left
+        self._left = self._silent = 0
 
 
 def orders(run: RunState) -> dict[str, Sequence[tuple[int, float]]]:
@@ -71,7 +97,9 @@ def orders(run: RunState) -> dict[str, Sequence[tuple[int, float]]]:
             known = run.found.get(artefact.key) or read_found(_path(run, artefact))
             if known is not None:  # damaged since, and not needed where every step is done
                 pairs = zip(known[ORDER].tolist(), known[DISTANCE].tolist(), strict=True)
-                made[artefact.task.where] = tuple(pairs)
+                where = artefact.task.where
+                again = f"{where} ({artefact.key})"  # matched in two stages
+                made[again if where in made else where] = tuple(pairs)
     return made
 
 

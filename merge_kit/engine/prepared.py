@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from torch import Tensor
 
-from merge_kit.core.tensors import TensorSpec
+from merge_kit.core.tensors import nbytes
 from merge_kit.engine.jobs import Job, Phase
 from merge_kit.engine.kernel import Kernel
 from merge_kit.engine.operands import Operands
@@ -17,19 +18,10 @@ from merge_kit.engine.state import RunState
 from merge_kit.engine.whole_model import starting
 from merge_kit.engine.workspace import Workspace
 from merge_kit.errors import InterruptedRun
-from merge_kit.methods.base import Grain
-from merge_kit.methods.passthrough import Passthrough
-from merge_kit.plan.cost import sized
+from merge_kit.plan.cost import once_bytes, sized
 from merge_kit.plan.sources import Source
-from merge_kit.plan.spilling import feeds, with_spills
-from merge_kit.plan.values import Step, Target
-
-
-class _Whole(Passthrough):
-    """Takes a tensor whole, so that what feeds it is computed once and kept in scratch."""
-
-    def residency(self) -> Grain:
-        return "tensor"
+from merge_kit.plan.spilling import feeds
+from merge_kit.plan.standing import standing
 
 
 class _Standing(Job):
@@ -53,11 +45,13 @@ class Prepared(Operands):
     Attributes:
         run: Of the plan.
         stop: Ends the computing early.
+        on_read: Called with the bytes that were read of inputs.
         ready: What was computed, by the id of the source.
     """
 
     run: RunState | None = None
     stop: threading.Event = field(default_factory=threading.Event)
+    on_read: Callable[[int], None] | None = None
     ready: dict[int, _Standing] = field(default_factory=dict)
 
     def read(self, source: Source, start: int, stop: int, out: Tensor, work: Workspace) -> None:
@@ -69,12 +63,23 @@ class Prepared(Operands):
 
     def _standing(self, run: RunState, source: Source) -> _Standing:
         if id(source) not in self.ready:
-            job = _Standing(run, _step(source), f"found-{len(self.ready)}")
+            job = _Standing(run, sized(standing(source), None), f"found-{len(self.ready)}")
             Pool(run.plan.bill.workers, self.stop).run([starting(lambda: job)])
             if self.stop.is_set():
                 raise InterruptedRun(2, hint="run the same command again to go on from here")
             self.ready[id(source)] = job
+            self._count(once_bytes(source))
         return self.ready[id(source)]
+
+    def _file(
+        self, path: Path, at: int, dtype: str, span: tuple[int, int], out: Tensor, work: Workspace
+    ) -> None:
+        super()._file(path, at, dtype, span, out, work)
+        self._count(nbytes(dtype, span[1] - span[0]))
+
+    def _count(self, read_bytes: int) -> None:
+        if self.on_read is not None:
+            self.on_read(read_bytes)
 
     def close(self) -> None:
         """Give the scratch back."""
@@ -83,22 +88,13 @@ class Prepared(Operands):
         self.ready.clear()
 
 
-def prepared(run: RunState, stop: threading.Event) -> Prepared:
-    """Return operands for what is found before the steps of a run."""
+def prepared(
+    run: RunState, stop: threading.Event, on_read: Callable[[int], None] | None = None
+) -> Prepared:
+    """Return operands for what is found before the steps of a run.
+
+    Args:
+        on_read: Called with the bytes that were read of inputs.
+    """
     kernel = Kernel(run.reader, found=run.found)
-    return Prepared(run.reader, kernel.compute, run.found, run, stop)
-
-
-def _step(source: Source) -> Step:
-    """Return a step that reads a source whole."""
-    spec = TensorSpec("found", "F64" if source.dtype == "F64" else "F32", source.shape)
-    step = Step(
-        action="merge",
-        outputs=(Target("found", spec, -1, 0),),
-        inputs=(source,),
-        models=("found",),
-        method=_Whole(),
-        weights=(1.0,),
-        compute="F64" if source.dtype == "F64" else "F32",
-    )
-    return sized(with_spills(step), None)
+    return Prepared(run.reader, kernel.compute, run.found, run, stop, on_read)

@@ -53,7 +53,8 @@ def run_plan(
     """
     started = time.monotonic()
     stop = stop or threading.Event()
-    tally = Tally(plan.bill.written_bytes, on_progress)
+    finding_bytes = sum(one.read_bytes for one in plan.artefacts)
+    tally = Tally(plan.bill.written_bytes + finding_bytes, on_progress)
     with opened(
         plan, folder, tally, allow_nonfinite=allow_nonfinite, kernel_copy=kernel_copy
     ) as run:
@@ -63,6 +64,8 @@ def run_plan(
         left = [(i, step) for i, step in enumerate(plan.steps) if i not in resumed]
         if left:
             find_artefacts(run, stop)
+        else:
+            tally.done_bytes += finding_bytes
         check_agreement(run.reader, [*plan.agreeing, *(step for _, step in left)])
         shared = whole_model(run, plan.whole_model, stop) if left else {}
         Pool(plan.bill.workers, stop).run(_tasks(run, left, shared))

@@ -7,11 +7,23 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from merge_kit.core.sizes import format_count, format_size
+from merge_kit.methods.base import MergeMethod
+from merge_kit.methods.registry import find
 from merge_kit.plan.describe_adapters import adapter_lines
-from merge_kit.plan.values import Artefact, Bill, Plan, PlanInput, SideFile
+from merge_kit.plan.sources import Found, Generated, Merged, Source
+from merge_kit.plan.values import Artefact, Bill, Plan, PlanInput, SideFile, Step
+from merge_kit.plan.walk import operands, parts
 
 FLOPS = 20e9
 """Operations a second of one thread, as a guess."""
+
+_FOUND = {
+    "EmbeddedRouters": "routers of prompts",
+    "HiddenRouters": "routers of prompts",
+    "EmbeddingBasis": "a basis of the embeddings",
+    "GivenBasis": "the inverse of a basis",
+}
+"""What is found before a run, by the kind of its task."""
 
 SHOWN = 3
 """Names that are listed before `and 12 more`."""
@@ -37,20 +49,50 @@ def first_of(names: Sequence[str], shown: int = SHOWN) -> str:
     return f"{listed} and {more:,} more" if more > 0 else listed
 
 
+def is_generated(step: Step) -> bool:
+    """Return whether a step takes nothing that is stored: zeros, noise, what was found before."""
+    return step.action == "merge" and all(map(_is_generated, operands(step)))
+
+
+def _is_generated(source: Source) -> bool:
+    below = parts(source)
+    return all(map(_is_generated, below)) if below else isinstance(source, Generated | Found)
+
+
+def generated_count(plan: Plan) -> int:
+    """Return how many output tensors are generated."""
+    return sum(len(step.outputs) for step in plan.steps if is_generated(step))
+
+
 def merged_by_method(plan: Plan) -> dict[str, int]:
-    """Return how many output tensors each method merges, by the method's name, sorted."""
+    """Return how many output tensors each method merges, by the method's name, sorted.
+
+    What takes one tensor as it is counts for what made it: an earlier stage's method, or the
+    output's own where that lays out or changes tensors.
+    """
+    own = plan.method if plan.ranks or find(plan.method).makes == "structure" else ""
     counts = Counter[str]()
     for step in plan.steps:
-        if step.method is not None:
-            laid = plan.ranks and step.method.method_name == "passthrough"  # by what lays factors
-            counts[plan.method if laid else step.method.method_name] += len(step.outputs)
+        if step.method is not None and not is_generated(step):
+            counts[_maker(step.method, step.inputs, own)] += len(step.outputs)
     return dict(sorted(counts.items()))
+
+
+def _maker(method: MergeMethod, inputs: Sequence[Source], own: str) -> str:
+    if method.method_name != "passthrough":
+        return method.method_name
+    first = inputs[0] if inputs else None
+    if isinstance(first, Merged) and first.step.method is not None:
+        return _maker(first.step.method, first.step.inputs, own)
+    return own or method.method_name
 
 
 def counts_line(plan: Plan) -> str:
     """Return the run's accounting in one line: `merged 146, copied 2, dropped 0 tensors`."""
     merged, copied, dropped = plan.counts()
-    return f"merged {merged:,}, copied {copied:,}, dropped {dropped:,} tensors"
+    made = generated_count(plan)
+    named = f"merged {merged - made:,}, " + (f"generated {made:,}, " if made else "")
+    return f"{named}copied {copied:,}, dropped {dropped:,} tensors"
 
 
 def summary(plan: Plan, free_bytes: int | None) -> list[Row]:
@@ -101,10 +143,16 @@ def _artefacts(found: Sequence[Artefact]) -> list[str]:
         rows.setdefault((type(one.task), stem if number.isdigit() else one.key), []).append(one)
     texts = []
     for row in rows.values():
-        kept, read = sum(a.kept_bytes for a in row), sum(a.read_bytes for a in row)
+        read = format_size(sum(a.read_bytes for a in row))
         keys = row[0].key if len(row) == 1 else f"{row[0].key} to {row[-1].key}"
-        texts.append(f"{keys} ({format_size(kept)} of {format_size(read)} read)")
+        texts.append(f"{keys} ({_found(row)}, which reads {read})")
     return texts
+
+
+def _found(row: Sequence[Artefact]) -> str:
+    kind = type(row[0].task).__name__  # the classes would load the planner, which `--help` does not
+    layers = plural(len(row), "layer")
+    return f"the order of experts in {layers}" if kind == "ExpertMatching" else _FOUND[kind]
 
 
 def _dropped(plan: Plan) -> list[str]:
@@ -138,10 +186,19 @@ def _side_files(files: Sequence[SideFile]) -> list[str]:
 def _solves(bill: Bill) -> str:
     """Return how long decompositions and solves take on a usual processor."""
     seconds = bill.flops / (FLOPS * bill.solvers)
-    shown = f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
+    shown = f"about {seconds:.0f} s" if seconds < 100 else f"about {seconds / 60:.0f} min"
+    shown = shown if seconds >= 1 else "less than 1 s"
     at_once = plural(bill.solvers, "thread")
-    rate = f"{bill.flops / 1e12:.3g} TFLOP in {plural(bill.solves, 'tensor')}"
-    return f"{rate}, about {shown} with {at_once} of {FLOPS / 1e9:.0f} GFLOP/s"
+    rate = f"{_operations(bill.flops)} in {plural(bill.solves, 'tensor')}"
+    return f"{rate}, {shown} with {at_once} of {FLOPS / 1e9:.0f} GFLOP/s"
+
+
+def _operations(flops: float) -> str:
+    """Return `12 GFLOP`, in the largest unit of which there is one."""
+    for unit, size in (("TFLOP", 1e12), ("GFLOP", 1e9)):
+        if flops >= size:
+            return f"{flops / size:.3g} {unit}"
+    return f"{flops / 1e6:.3g} MFLOP"
 
 
 def _costs(plan: Plan, free_bytes: int | None) -> list[Row]:

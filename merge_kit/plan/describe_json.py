@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from merge_kit.methods.base import MergeMethod
-from merge_kit.plan.describe import merged_by_method
+from merge_kit.plan.describe import generated_count, merged_by_method
 from merge_kit.plan.describe_steps import arguments, file_keys
 from merge_kit.plan.sources import SOURCES, Chosen
 from merge_kit.plan.values import Plan, PlanInput, Shard
@@ -22,6 +22,9 @@ def plan_json(plan: Plan) -> dict[str, Any]:
     """
     files = file_keys(plan)
     _, copied, dropped = plan.counts()
+    made = generated_count(plan)
+    generated = {"generated": made} if made else {}
+    counts = {**generated, "copied": copied, "dropped": dropped}
     return {
         "method": plan.method,
         "architecture": plan.architecture,
@@ -29,7 +32,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         "parameters": plan.parameters,
         "seed": plan.seed,
         "identity": plan.identity,
-        "tensors": {"merged": merged_by_method(plan), "copied": copied, "dropped": dropped},
+        "tensors": {"merged": merged_by_method(plan), **counts},
         "dtypes": dict(plan.dtypes),
         "bill": _value(plan.bill, files),
         "inputs": [_input(model) for model in plan.inputs],

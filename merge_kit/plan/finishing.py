@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 
@@ -14,8 +14,11 @@ from merge_kit.core.sizes import format_size
 from merge_kit.errors import PlanError
 from merge_kit.io.values import WeightFile
 from merge_kit.plan import cost
+from merge_kit.plan.building.matching_task import ExpertMatching
+from merge_kit.plan.building.routers_tasks import EmbeddedRouters, HiddenRouters
 from merge_kit.plan.process import process_bytes
 from merge_kit.plan.spilling import with_spills
+from merge_kit.plan.standing import standing_bytes
 from merge_kit.plan.step_memory import ALGEBRA_BYTES
 from merge_kit.plan.values import (
     Artefact,
@@ -32,6 +35,13 @@ from merge_kit.plan.values import (
 from merge_kit.plan.walk import merged_below, sources_in
 from merge_kit.plan.whole_model import model_scans
 from merge_kit.recipe.values import Recipe
+
+_LIBRARIES: Mapping[type, tuple[str, ...]] = {
+    EmbeddedRouters: ("tokenizers", "transformers"),
+    HiddenRouters: ("tokenizers", "transformers"),
+    ExpertMatching: ("scipy",),
+}
+"""What finds artefacts beside this package and torch, by the kind of task."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +123,7 @@ def finish(draft: Draft, recipe: Recipe, limits: Limits) -> Plan:
             cost.bill(sized, workers, peak, (*more, *fits), tensors), draft.artefacts, limits
         ),
         notes=draft.notes,
-        identity=_identity(recipe, (*draft.inputs, *draft.statistics), sized),
+        identity=_identity(recipe, draft, sized),
         seed=recipe.seed,
         agreeing=draft.agreeing,
         whole_model=(*more, *(s for s in sized if s.group == draft.group and model_scans(s))),
@@ -146,6 +156,7 @@ def _with_artefacts(bill: Bill, artefacts: Sequence[Artefact], limits: Limits) -
     return replace(
         bill,
         read_bytes=bill.read_bytes + sum(one.read_bytes for one in artefacts),
+        scratch_bytes=max(bill.scratch_bytes, standing_bytes(artefacts)),
         flops=bill.flops + sum(one.flops for one in artefacts),
         solves=bill.solves + sum(one.flops > 0 for one in artefacts),
         peak_bytes=max(bill.peak_bytes + kept, alone),
@@ -194,10 +205,18 @@ def _identity_of(file: WeightFile) -> tuple[str, int, int, int, int]:
     return file.name, file.nbytes, file.mtime_ns, file.inode, file.ctime_ns
 
 
-def _identity(recipe: Recipe, inputs: Sequence[PlanInput], steps: Sequence[Step]) -> str:
+def library_versions(artefacts: Sequence[Artefact]) -> dict[str, str]:
+    """Return the versions of the libraries on which it depends what is found before a run."""
+    names = {name for one in artefacts for name in _LIBRARIES.get(type(one.task), ())}
+    return {name: package_version(name) for name in sorted(names)}
+
+
+def _identity(recipe: Recipe, draft: Draft, steps: Sequence[Step]) -> str:
     """Return a hash of everything that decides the output's bytes."""
+    inputs = (*draft.inputs, *draft.statistics)
     content = {
         "versions": [package_version("merge_kit"), package_version("torch")],
+        "libraries": library_versions(draft.artefacts),
         "recipe": recipe.text,
         "seed": recipe.seed,
         "shard_size": recipe.shard_size_bytes,

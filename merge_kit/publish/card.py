@@ -12,9 +12,16 @@ from merge_kit.core.names import HUB_ID
 from merge_kit.core.sizes import format_count, format_size
 from merge_kit.methods.registry import find
 from merge_kit.plan.describe import counts_line, merged_by_method, plural
-from merge_kit.plan.describe_steps import layer_lines
+from merge_kit.plan.describe_orders import Orders
 from merge_kit.plan.values import Plan, PlanInput
 from merge_kit.publish.adapter_card import adapter_bases, is_adapter, rank_lines
+from merge_kit.publish.built_card import (
+    built_by,
+    built_lines,
+    built_tags,
+    layer_map,
+    order_table,
+)
 from merge_kit.publish.markdown import code, fence, plain, prose, table
 from merge_kit.publish.recipes import portable_recipe
 from merge_kit.publish.references import without_homes
@@ -32,6 +39,7 @@ def model_card(
     recipe_text: str,
     nonfinite: Mapping[str, int],
     facts: Mapping[str, Mapping[str, float]] | None = None,
+    orders: Orders | None = None,
 ) -> str:
     """Return the text of the card: front matter, then what was merged and how.
 
@@ -39,17 +47,21 @@ def model_card(
         recipe_text: The recipe as YAML; paths in it are replaced.
         nonfinite: NaN and infinities that were written, by the tensor's key.
         facts: See `Report.facts`.
+        orders: See `Report.orders`.
     """
+    built = built_by(plan, recipe_text)
     noun = "adapter" if is_adapter(plan) and not _has_base(plan) else "model"
     lines = [
-        *_front_matter(plan),
+        *_front_matter(plan, built_tags(built, plan)),
         "",
         f"# Merge of {_listed([_name(model) for model in plan.inputs])}",
         "",
         f"Made by merge_kit from {plural(len(plan.inputs), noun)}, without training.",
+        *built_lines(built, plan),
         *_section("Method", _method(plan)),
         *_section("Models", _models(plan)),
-        *_section("Layers", _layers(plan)),
+        *_section("Layers", layer_map(plan)),
+        *_section("Experts", order_table(orders or {})),
         *_section("Recipe", _recipe(plan, recipe_text)),
         *_section("Ranks", rank_lines(plan, facts or {}) if is_adapter(plan) else []),
         *_section("Result", [f"- {line}" for line in _result(plan, nonfinite)]),
@@ -57,7 +69,7 @@ def model_card(
     return "\n".join(lines) + "\n"
 
 
-def _front_matter(plan: Plan) -> list[str]:
+def _front_matter(plan: Plan, more: Sequence[str]) -> list[str]:
     bases = [m.hub_id for m in plan.inputs if m.hub_id and HUB_ID.fullmatch(m.hub_id)]
     adapter = is_adapter(plan)
     if adapter:
@@ -72,7 +84,7 @@ def _front_matter(plan: Plan) -> list[str]:
     elif plan.architecture:  # `model_type` of config.json, which transformers goes by
         entries["library_name"] = "transformers"
     tags = ["lora"] if adapter else []
-    entries["tags"] = list(dict.fromkeys([*tags, "merge", "merge_kit", plan.method]))
+    entries["tags"] = list(dict.fromkeys([*tags, "merge", "merge_kit", plan.method, *more]))
     text: str = yaml.safe_dump(entries, sort_keys=False, allow_unicode=True)
     return ["---", *text.rstrip("\n").split("\n"), "---"]
 
@@ -114,11 +126,6 @@ def _linked(model: PlanInput) -> str:
     if model.hub_id and HUB_ID.fullmatch(model.hub_id):
         return f"[{plain(model.hub_id)}](https://huggingface.co/{model.hub_id})"
     return code(_name(model))
-
-
-def _layers(plan: Plan) -> list[str]:
-    """Return the layers' origins in ranges, where a recipe stacks layers."""
-    return [f"- {code(line)}" for line in layer_lines(plan)] if plan.layer_map else []
 
 
 def _recipe(plan: Plan, recipe_text: str) -> list[str]:

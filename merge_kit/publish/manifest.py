@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -17,6 +17,8 @@ from merge_kit.errors import CheckpointError
 from merge_kit.io.small_files import read_bytes
 from merge_kit.io.strict_json import is_printable, parse_object, shown
 from merge_kit.plan.describe_adapters import residuals
+from merge_kit.plan.describe_orders import Orders
+from merge_kit.plan.finishing import library_versions
 from merge_kit.plan.values import Plan, PlanInput, SideFile
 from merge_kit.publish.failures import reading
 from merge_kit.publish.recipes import portable_recipe, recipe_hash
@@ -81,6 +83,27 @@ class Residual:
 
 
 @dataclass(frozen=True, slots=True)
+class Order:
+    """Experts of one block, in the order that they were put in.
+
+    Attributes:
+        experts: For each place, the number that the expert had that stands there now.
+        distances: How far each is from the one that it was matched with, relative to that one.
+    """
+
+    __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
+
+    experts: tuple[int, ...]
+    distances: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if sorted(self.experts) != list(range(len(self.experts))):
+            raise ValueError(f"{shown(list(self.experts))} is no order")
+        if len(self.distances) != len(self.experts):
+            raise ValueError(f"{len(self.distances)} distances of {len(self.experts)} experts")
+
+
+@dataclass(frozen=True, slots=True)
 class Manifest:
     """The record of a merge.
 
@@ -96,6 +119,7 @@ class Manifest:
         statistics: Files that models were weighed by.
         ranks: Module of an adapter that was made -> its rank; of one expert, for experts.
         residuals: Module whose factors were computed -> what they miss.
+        orders: Experts that were put in order (their model and module) -> what stands where.
     """
 
     __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
@@ -116,12 +140,13 @@ class Manifest:
     statistics: tuple[InputRecord, ...] = ()
     ranks: dict[str, int] = field(default_factory=dict)
     residuals: dict[str, Residual] = field(default_factory=dict)
+    orders: dict[str, Order] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for file in (*self.files, *self.side_files):
             if not is_inside(file.name) or not is_printable(file.name):
                 raise ValueError(f"the file {shown(file.name)} is not in the folder")
-        for key in (*self.tensors, *self.ranks, *self.residuals):
+        for key in (*self.tensors, *self.ranks, *self.residuals, *self.orders):
             if not is_printable(key):
                 raise ValueError(f"the name {shown(key)} cannot be printed")
         for key, value in self.tensors.items():
@@ -129,7 +154,7 @@ class Manifest:
                 raise ValueError(f"the hash of {shown(key)} is {shown(value)}, expected 32 digits")
 
 
-def manifest(
+def manifest(  # noqa: PLR0913  (every option has a name)
     plan: Plan,
     *,
     recipe_text: str,
@@ -138,6 +163,7 @@ def manifest(
     saturated: Mapping[str, int],
     versions: Mapping[str, str],
     facts: Mapping[str, Mapping[str, float]] | None = None,
+    orders: Orders | None = None,
 ) -> str:
     """Return the text of merge_kit.json.
 
@@ -148,12 +174,14 @@ def manifest(
         saturated: Values beyond the output dtype, by the tensor's key.
         versions: Of merge_kit and torch, and the CPU capability.
         facts: See `Report.facts`.
+        orders: See `Report.orders`.
     """
+    own = library_versions(plan.artefacts)
     record = Manifest(
         format=FORMAT,
         recipe=portable_recipe(recipe_text, plan.read),
         recipe_hash=recipe_hash(recipe_text),
-        versions={"python": ".".join(map(str, sys.version_info[:2]))} | dict(versions),
+        versions={"python": ".".join(map(str, sys.version_info[:2]))} | dict(versions) | own,
         seed=plan.seed,
         method=plan.method,
         inputs=tuple(_input(model) for model in plan.inputs),
@@ -166,8 +194,13 @@ def manifest(
         statistics=tuple(_input(one) for one in plan.statistics),
         ranks={rank.key: rank.rank for rank in plan.ranks},
         residuals={one.key: Residual(one.relative, one.norm) for one in residuals(facts or {})},
+        orders={printable(where): _order(pairs) for where, pairs in (orders or {}).items()},
     )
     return json.dumps(asdict(record), indent=1, sort_keys=True, ensure_ascii=True) + "\n"
+
+
+def _order(pairs: Sequence[tuple[int, float]]) -> Order:
+    return Order(tuple(expert for expert, _ in pairs), tuple(apart for _, apart in pairs))
 
 
 def _input(model: PlanInput) -> InputRecord:

@@ -61,6 +61,31 @@ def portable_recipe(recipe_text: str, inputs: Sequence[PlanInput]) -> str:
     return shown
 
 
+def recipe_methods(text: str) -> tuple[str, ...]:
+    """Return every method that a recipe names, in its order; that of mergekit-moe's documents too.
+
+    Raises:
+        RecipeError: If the text is no YAML.
+    """
+    found: list[str] = []
+    for document in _documents(text):
+        keys = {k.value for k, _ in document.value} if document.id == "mapping" else set()
+        if "experts" in keys and "merge_method" not in keys:
+            found.append("sparse_upcycle")
+        _collect(document, found, set())
+    return tuple(dict.fromkeys(found))
+
+
+def _collect(node: Any, found: list[str], seen: set[int]) -> None:
+    if isinstance(node, yaml.ScalarNode) or id(node) in seen:
+        return
+    seen.add(id(node))
+    for name, child in _children(node, ""):
+        if name == "merge_method" and isinstance(child, yaml.ScalarNode):
+            found.append(child.value)
+        _collect(child, found, seen)
+
+
 def recipe_hash(text: str) -> str:
     """Return a hash, 32 hex digits, of what a recipe says.
 
