@@ -38,16 +38,16 @@ class DepthUpscale(StructureMethod):
     weights: that is sum. There the mean is taken, as here by default.
 
     Attributes:
-        target_layers: Layers of the result, in place of overlap: more than the deeper model has,
-            at most those of both copies.
+        target_layers: How many layers the result has, in place of overlap: more than the deeper
+            model has, at most those of both copies.
         overlap: m, from 0: layers that either copy leaves out where they meet (drop), or pairs of
             layers that become one (sum). The result must be deeper than either model.
         overlap_mode: What becomes of layers where the copies meet: drop or sum.
         blend: How sum merges a pair: linear, or slerp between whole tensors.
         t: Share of the upper copy in a summed pair, in [0, 1]; a list spans the seam from its
             lowest pair to its highest, so that [0, 1] fades one copy into the other.
-        block_expansion: Whether identities are added; target_layers says how many layers there
-            are then.
+        block_expansion: Whether identities are added, layers that change nothing, in place of a
+            second copy; target_layers says how many layers there are then.
 
     Cost: a copy of the files' bytes; for summed pairs one pass, two for slerp.
     Source: Kim et al. 2023, SOLAR 10.7B, https://arxiv.org/abs/2312.15166; Wu et al. 2024, LLaMA

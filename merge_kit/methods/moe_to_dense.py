@@ -28,8 +28,9 @@ class MoeToDense(StructureMethod):
     a single one says more.
 
     Attributes:
-        experts: Which expert (`3`), or the experts whose mean is taken (`[0, 2]`), or "all"; or
-            "shared", for the expert that every token of a qwen2_moe passes.
+        experts: Which expert (`3`, counted from 0), or the experts whose mean is taken (`[0, 2]`),
+            or "all", the default; or "shared", for the expert that every token of a qwen2_moe
+            passes.
         architecture: The dense class. By default mixtral becomes mistral (or llama, whose layers
             are the same where no sliding window is set), qwen2_moe becomes qwen2, and qwen3_moe
             qwen3. For a model without config.json it must be named.

@@ -23,7 +23,8 @@ class Passthrough(MergeMethod):
     Without a scale the bytes are copied, whatever their dtype.
 
     Attributes:
-        scale: Factor on the tensor, any finite number; not given means an exact copy.
+        scale: Factor on the tensor, any finite number; not given means an exact copy. Conditions
+            give it to kinds of tensors: [{filter: o_proj, value: 0.7}].
 
     Cost: a copy of the files' bytes.
     Source: layer stacking as in Goliath-120B, https://huggingface.co/alpindale/goliath-120b

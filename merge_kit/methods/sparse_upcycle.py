@@ -33,7 +33,9 @@ class SparseUpcycle(StructureMethod):
     turn: 0, 1, 2, 0, 1, 2. Models, adapters on models, and named stages do alike; of each the MLPs
     are taken, and of all else nothing unless non_experts is average. Without a base_model the first
     model is the base. The weights of a token's experts sum to 1, so that copies without noise and
-    with residual_scale 1 compute just what the dense model does.
+    with residual_scale 1 compute just what the dense model does. Routers of prompts read
+    positive_prompts and negative_prompts, lists that stand beside each model, and need transformers
+    5. A shared expert of a qwen2_moe stands in the list shared_experts, beside models.
 
     Files: a tensor for each matrix of each expert, which versions 4 and 5 of transformers both
     read: block_sparse_moe.experts.E.w1, w3, w2 (gate, up, down) and block_sparse_moe.gate in a
@@ -61,17 +63,18 @@ class SparseUpcycle(StructureMethod):
             copies of a single one.
         experts_per_token: How many of them each token passes, at most num_experts.
         architecture: Layout of the result; by default that of the base's model_type: llama and
-            mistral become mixtral, qwen2 becomes qwen2_moe, qwen3 becomes qwen3_moe.
+            mistral become mixtral (qwen2_moe where there are shared_experts), qwen2 becomes
+            qwen2_moe, qwen3 becomes qwen3_moe.
         router: "random", normal numbers of standard deviation router_scale; "uniform_random", even
             ones within plus and minus router_scale; "zero"; or of prompts, each row of length 1:
             "cheap_embed", the sum of the embeddings of their tokens; "hidden", what the layer's
             router sees at the last token of each; "hidden_avg", at every token of each.
         router_scale: Size of random router weights, at least 0: 0.02 for random, and
             1 / sqrt(hidden_size) for uniform_random.
-        sparse_layers: Numbers of the layers that get experts, or "all", "even" or "odd"; the others
-            stay dense. Only qwen2_moe and qwen3_moe have such a switch.
+        sparse_layers: Numbers of the layers that get experts, from 0, or "all" (the default),
+            "even" or "odd"; the others stay dense. Only qwen2_moe and qwen3_moe have such a switch.
         non_experts: Whose attention, norms, embeddings and head: "base", or the "average" of the
-            models.
+            models. For any other merge of them, that merge is the base_model, as a named stage.
         shared_expert: Output projection of the expert that every token of a qwen2_moe passes, where
             no `shared_experts` are given: "zero", so that it adds nothing, or "copy", that of the
             base.
