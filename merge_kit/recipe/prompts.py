@@ -20,10 +20,11 @@ ROUTERS_OF_PROMPTS = ("cheap_embed", "hidden", "hidden_avg")
 
 
 def read_prompts(findings: Findings, fields: Mapping[str, Node]) -> Prompts | None:
-    """Return the prompts of an entry; None without positive ones, whatever negative ones say."""
+    """Return the prompts of an entry, None where it has none."""
     positive, negative = (_texts(findings, fields.get(key)) for key in PROMPT_KEYS)
     given = fields.get("positive_prompts")
-    return Prompts(positive, negative) if given is not None and not given.is_empty else None
+    is_given = given is not None and not given.is_empty
+    return Prompts(positive, negative) if is_given or negative else None
 
 
 def _texts(findings: Findings, node: Node | None) -> tuple[str, ...]:
@@ -55,15 +56,18 @@ def _text(findings: Findings, node: Node) -> str | None:
 def check_experts(findings: Findings, stage: Stage, parameters: Node | None) -> None:
     """Refuse experts without the prompts that a router is made of; note a mixture of one model.
 
+    A shared expert needs none, since no router chooses it: its gate is then zero.
+
     Args:
         findings: Where problems and notes go.
         stage: A sparse upcycling.
         parameters: Its parameters as they are written.
     """
     router, key = _router(stage.parameters, parameters)
-    entries, experts = (*stage.models, *stage.shared_experts), stage.models
+    experts = stage.models
     if router in ROUTERS_OF_PROMPTS:
-        _require(findings, entries, f"{key}: {router}", f"write {key}: random")
+        shared = [entry for entry in stage.shared_experts if entry.prompts is not None]
+        _require(findings, (*experts, *shared), f"{key}: {router}", f"write {key}: random")
         prompts = {expert.prompts for expert in experts}
         if len(prompts) == 1 < len(experts) and prompts.isdisjoint((None, Prompts(()))):
             problem = "all experts have the same prompts, so that no router can tell them apart"
@@ -76,7 +80,8 @@ def check_experts(findings: Findings, stage: Stage, parameters: Node | None) -> 
 
 def _require(findings: Findings, entries: Sequence[Entry], router: str, instead: str) -> None:
     for entry in entries:
-        if entry.prompts is None:
+        prompts = entry.prompts
+        if prompts is None or (prompts.negative and not prompts.positive):
             problem = f"{entry.model.text!r} has no positive_prompts, which {router} needs"
             hint = f"list texts that are to go to this expert, or {instead}"
             findings.error(entry.mark, problem, hint)

@@ -281,8 +281,8 @@ WRONG = {
         "write architecture: Qwen MoE",
     ),
     "shared of Qwen3": (SHARED + "architecture: Qwen3", "7:15: Qwen3 MoE has no shared expert", ""),
-    "shared without prompts": (
-        SHARED.replace(", positive_prompts: [z]", ""),
+    "shared with negative prompts": (
+        SHARED.replace("positive_prompts: [z]", "negative_prompts: [z]"),
         "6:5: 'base' has no positive_prompts, which gate_mode: hidden needs",
         "",
     ),

@@ -103,8 +103,9 @@ WRONG = {
         "  - {model: a, positive_prompts: [x]}\nshared_experts: [{model: b}, {model: c}]",
         "6:17: shared_experts is a list of 2, expected one model",
     ),
-    "shared without prompts": (
-        "  - {model: a, positive_prompts: [x]}\nshared_experts: [{model: b}]",
+    "shared with negative prompts": (
+        "  - {model: a, positive_prompts: [x]}\n"
+        "shared_experts: [{model: b, negative_prompts: [y]}]",
         "6:18: 'b' has no positive_prompts, which router: hidden needs",
     ),
     "shared twice named": (
@@ -143,6 +144,12 @@ def test_routers_of_prompts_need_them_of_every_model(router):
     assert parse_recipe(text).notes == ()
     with pytest.raises(MergeKitError, match=f"router: {router} needs"):
         parse_recipe(text.replace(", positive_prompts: [y]", ""))
+
+
+@pytest.mark.parametrize("router", ["hidden", "hidden_avg", "cheap_embed"])
+def test_a_shared_expert_needs_no_prompts(router):
+    read = stage(TWO.replace("hidden", router) + "shared_experts: [{model: b}]\n")
+    assert [entry.prompts for entry in read.shared_experts] == [None]
 
 
 def test_experts_that_are_one_model_are_noted():

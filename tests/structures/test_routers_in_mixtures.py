@@ -100,6 +100,19 @@ def test_a_shared_expert_has_a_gate_of_its_own_prompts(folders, tmp_path):
 
 
 @pytest.mark.parametrize("router", ["hidden", "cheap_embed"])
+def test_a_shared_expert_without_prompts_has_a_gate_of_zeros(router, folders, tmp_path):
+    base = folders["qwen2"]
+    merge(recipe(base, router) | {"shared_experts": [{"model": str(base)}]}, tmp_path / "own")
+    merge(recipe(base, router), tmp_path / "none")
+    own, none = stored(tmp_path / "own"), stored(tmp_path / "none")
+    for layer in range(LAYERS):
+        lead = f"model.layers.{layer}.mlp"
+        assert not own[f"{lead}.shared_expert_gate.weight"].any()
+        assert own[f"{lead}.shared_expert.down_proj.weight"].any()  # weighed by a half
+        assert torch.equal(own[f"{lead}.gate.weight"], none[f"{lead}.gate.weight"])
+
+
+@pytest.mark.parametrize("router", ["hidden", "cheap_embed"])
 def test_a_base_may_be_a_stage_with_an_adapter(router, folders, tmp_path):
     """The same as if the stage had been written to disk first."""
     adapted = f"{folders['llama']}+{_adapter(tmp_path / 'adapter')}"
