@@ -70,6 +70,7 @@ class _Planner:
         if problem is not None:
             self.findings.problem(problem)
         self.findings.raise_any()
+        self._note_filters(maker)
         return self._known(number, assembly, made, result_parts(assembly, made))
 
     def _built(self, number: int, stage: Stage, maker: StepMaker) -> _Planned:
@@ -78,8 +79,13 @@ class _Planner:
         self.findings.raise_any()
         self._refuse_quantised(built.assembly, built.made)
         self.findings.raise_any()
+        self._note_filters(maker)
         self.artefacts += built.artefacts
         return self._known(number, built.assembly, list(built.made), built.parts)
+
+    def _note_filters(self, maker: StepMaker) -> None:
+        for note in maker.filters.notes():
+            self.findings.note(note)
 
     def _known(
         self, number: int, assembly: Assembly, made: list[Made], parts: tuple[Part, ...]

@@ -147,8 +147,9 @@ class SideBySide:
             )
 
     def _like(self, name: str) -> str | None:
-        """Return the donor's tensor that one outside the layers must fit: of a head that a tied
-        donor does not store, its embedding.
+        """Return the donor's tensor that one outside the layers must fit.
+
+        Of a head that a tied donor does not store, that is its embedding.
         """
         if name in self._donor.tensors:
             return name

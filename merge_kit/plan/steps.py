@@ -17,6 +17,7 @@ from merge_kit.methods.registry import parameters
 from merge_kit.plan.applying.applied import change_from
 from merge_kit.plan.evaluate import Evaluator
 from merge_kit.plan.evidence import Aux, Evidence
+from merge_kit.plan.filters import Filters
 from merge_kit.plan.items import Item, Part
 from merge_kit.plan.models import Held
 from merge_kit.plan.sources import Merged, Source, Stored
@@ -64,6 +65,7 @@ class StepMaker:
     ) -> None:
         self.stage, self.seed, self.group = stage, seed_of(stage.name, seed), group
         self.evidence = evidence or Evidence(None)
+        self.filters = Filters()
         self._evaluator = Evaluator()
 
     def make(self, item: Item) -> Made:
@@ -73,6 +75,7 @@ class StepMaker:
             MergeKitError: If parts do not fit one another, or the method cannot take them.
         """
         _same_shape(item)
+        self._watch(item)
         if item.action == "copy":
             return self._copied(item, item.parts[0])
         method, base, inputs = self._evaluator.method(item)
@@ -84,6 +87,13 @@ class StepMaker:
         if method.statistics_of:
             return self._weighed(item, method, inputs)
         return self._merge(item, method, base, inputs, dtypes)
+
+    def _watch(self, item: Item) -> None:
+        """Hold filters to the names of an item: of the output, and of the inputs."""
+        names = [part.stands_for or part.name for part in item.parts]
+        self.filters.see(item.levels, [item.name, *names])
+        for part, name in zip(item.parts, names, strict=True):
+            self.filters.see((part.entry.parameters,), [name])
 
     def _weighed(self, item: Item, method: MergeMethod, inputs: tuple[Part, ...]) -> Made:
         """Return a merge of models by statistics; a base is no part of it."""

@@ -76,6 +76,8 @@ def adapter_stage(
     files, metadata = _files(modules, made, terms, findings)
     findings.raise_any()
     _left_out(modules, listed)
+    for note in terms.filters.notes():
+        findings.note(note)
     return AdapterPlan(
         steps=tuple(modules.steps),
         parts=tuple(Part(one.use.folder, stem_of(form), None) for one in made),

@@ -13,6 +13,7 @@ from merge_kit.methods.updates import AdapterMethod
 from merge_kit.plan.adapters.groups import Change, Member, ModuleGroup
 from merge_kit.plan.assemble import depth
 from merge_kit.plan.evaluate import Evaluator
+from merge_kit.plan.filters import Filters
 from merge_kit.plan.inputs import Inputs
 from merge_kit.plan.items import Item, Part
 from merge_kit.recipe.values import Stage
@@ -91,6 +92,7 @@ class Terms:
         self._models = [(entry, inputs.find(entry.model)) for entry in stage.models]
         self._stacks = find_stacks(module.weight for module in modules)
         self._evaluator = Evaluator()
+        self.filters = Filters()
         self._reweighted: dict[tuple[Any, ...], AdapterMethod] = {}
 
     def method(self, weight: str, use: Use) -> AdapterMethod:
@@ -109,6 +111,8 @@ class Terms:
             method=stage.merge_method,
             mark=stage.mark,
         )
+        for level in (stage.parameters, *(entry.parameters for entry, _ in self._models)):
+            self.filters.see((level,), [weight])
         method, _, _ = self._evaluator.method(item)
         assert isinstance(method, AdapterMethod)  # the stage was told by that
         if use.weights is None:

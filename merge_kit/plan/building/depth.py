@@ -102,6 +102,7 @@ def _made(
             if at is not None and at in zeros:
                 made.append(zeroed(site, item, new[at[0]]))
             elif len(item.parts) > 1:
+                site.maker.filters.see((site.stage.parameters,), [item.name])
                 made.append(site.maker.make(blended(item, method, site.stage)))
             else:
                 made.append(site.maker.make(item))

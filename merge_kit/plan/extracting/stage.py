@@ -51,6 +51,8 @@ def extraction(
     findings.raise_any()
     rest = maker.rest(findings)
     findings.raise_any()
+    for note in maker.filters.notes():
+        findings.note(note)
     if not maker.modules and not rest.whole:
         raise _nothing(stage, base, tuned, left_out=bool(rest.dropped))
     steps = (*maker.steps, *(maker.whole(name, held) for name, held in rest.whole.items()))

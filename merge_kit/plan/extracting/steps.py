@@ -21,6 +21,7 @@ from merge_kit.plan.extracting.looks import compared, measured
 from merge_kit.plan.extracting.names import is_expert
 from merge_kit.plan.extracting.pairs import Pair, Pairs
 from merge_kit.plan.extracting.rest import Rest, rest_of
+from merge_kit.plan.filters import Filters
 from merge_kit.plan.findings import Findings
 from merge_kit.plan.items import Item, Part
 from merge_kit.plan.models import Held
@@ -67,6 +68,7 @@ class Maker:
         self._is_fitted = known is not None
         self._labels = (pairs.base.label, pairs.tuned.label)
         self._evaluator = Evaluator()
+        self.filters = Filters()
         self._stacks = find_stacks(pairs.base.tensors)
         self._others: list[tuple[Pair, _Look]] = []
         self._choices: dict[str, str] = {}
@@ -83,7 +85,9 @@ class Maker:
             findings: Where parameters that are missing or wrong go.
         """
         ranks: list[tuple[Pair, LoraExtract, int]] = []
+        levels = (self._entry.parameters, self._stage.parameters)
         for pair in self._pairs.pairs:
+            self.filters.see(levels, [pair.name])
             if pair.known == "equal" and not (pair.kind and is_expert(pair.module)):
                 continue
             try:
