@@ -64,8 +64,8 @@ def run_plan(
         left = [(i, step) for i, step in enumerate(plan.steps) if i not in resumed]
         if left:
             find_artefacts(run, stop)
-        else:
-            tally.done_bytes += finding_bytes
+        elif plan.artefacts:
+            tally.moved(finding_bytes, plan.artefacts[-1].key)
         check_agreement(run.reader, [*plan.agreeing, *(step for _, step in left)])
         shared = whole_model(run, plan.whole_model, stop) if left else {}
         Pool(plan.bill.workers, stop).run(_tasks(run, left, shared))

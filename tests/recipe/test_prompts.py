@@ -104,8 +104,10 @@ WRONG = {
         "6:17: shared_experts is a list of 2, expected one model",
     ),
     "shared with negative prompts": (
-        "  - {model: a, positive_prompts: [x]}\n"
-        "shared_experts: [{model: b, negative_prompts: [y]}]",
+        (
+            "  - {model: a, positive_prompts: [x]}\n"
+            "shared_experts: [{model: b, negative_prompts: [y]}]"
+        ),
         "6:18: 'b' has no positive_prompts, which router: hidden needs",
     ),
     "shared twice named": (
