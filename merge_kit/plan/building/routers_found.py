@@ -15,6 +15,7 @@ from merge_kit.methods.sparse_upcycle import SparseUpcycle
 from merge_kit.plan.building.built import Site
 from merge_kit.plan.building.routers_bill import embedded_bill, hidden_bill
 from merge_kit.plan.building.routers_prompts import Sets
+from merge_kit.plan.building.routers_sizes import size_errors
 from merge_kit.plan.building.routers_tasks import (
     EXPERTS,
     SHARED,
@@ -54,6 +55,8 @@ def found_routers(
     """
     experts, shared = sets
     folder, embedding = _tokenizer(site, base), _embedding(base, hidden)
+    for problem in size_errors(base, hidden):
+        site.findings.problem(problem)
     question = Question(experts, shared, folder, base.label, embedding)
     key, same = f"routers-{site.number}", method.router == "cheap_embed"
     if same:
