@@ -28,8 +28,9 @@ _SIZES = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_va
 _WIDTHS = {"pad", "crop", "project"}
 _MIXTURES = {"sparse_upcycle", "match_experts"}
 _TRAINING = (
-    "None of it was trained in its new place. Such a model usually wants further training before "
-    "it is better than what it was made of, even where it computes the same at first."
+    "It was not trained after it was built. Such a model usually wants further training before it "
+    "is better than what it was made of, even where it computes the same at first; what training "
+    "brings is measured in docs/after_stacking.md of merge_kit."
 )
 
 
@@ -68,22 +69,24 @@ def _built(built: set[str], plan: Plan) -> Iterator[str]:
     if built & _MIXTURES and (count := _config(plan, _COUNTS)):
         top_k = _config(plan, (_TOP_K,)).get(_TOP_K)
         share = f"{top_k} of " if top_k is not None else ""
-        yield f"A token passes {share}{next(iter(count.values()))} experts in a layer of experts."
+        experts = next(iter(count.values()))
+        yield f"In its layers of experts, a router sends each token through {share}{experts} MLPs."
     if "moe_to_dense" in built:
         yield "Its MLPs are experts of a mixture, or means of them."
     if built & _WIDTHS and (sizes := _config(plan, _SIZES)):
         named = ", ".join(f"{key} {size}" for key, size in sizes.items())
-        yield f"Its sizes were changed: it has {named}."
+        methods = " and ".join(sorted(built & _WIDTHS))
+        yield f"Sizes of what it was made of were changed by {methods}: it has {named}."
 
 
 def _layers(plan: Plan) -> str:
     """Return how many layers were built of models of how many."""
-    depths: dict[str, None] = {}
-    for model, depth in _depths(plan).items():
-        if any(model == key for one in plan.layer_map for key, _ in one.sources):
-            depths.setdefault(f"{depth:,}")
-    of = f" out of models of {' and '.join(depths)}" if depths else ""
-    return f"It has {plural(plan.layers or 0, 'layer')}, taken{of}; the map is below."
+    used = {key for one in plan.layer_map for key, _ in one.sources}
+    known = [depth for key, depth in _depths(plan).items() if key in used]
+    depths = " and ".join(f"{depth:,}" for depth in dict.fromkeys(known))
+    noun = "a model" if len(used) == 1 else "models"
+    of = f" come from {noun} of {depths}" if depths else " were built of other models"
+    return f"Its {plural(plan.layers or 0, 'layer')}{of}; the map below says which from where."
 
 
 def _depths(plan: Plan) -> dict[str, int]:
