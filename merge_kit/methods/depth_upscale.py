@@ -79,10 +79,12 @@ class DepthUpscale(StructureMethod):
             problem = "stands beside target_layers, expected one of them"
             raise ParameterError("overlap", problem, hint="either follows from the other")
         if self.overlap is not None and self.overlap < 0:
-            raise ParameterError("overlap", f"is {self.overlap}, expected a whole number from 0")
+            problem = f"is {self.overlap}, expected a whole number from 0"
+            raise ParameterError("overlap", problem, hint="0 puts one copy on the other, whole")
         if self.target_layers is not None and self.target_layers < 1:
             problem = f"is {self.target_layers}, expected a whole number from 1"
-            raise ParameterError("target_layers", problem)
+            hint = "write the layers of the result, more than the model has"
+            raise ParameterError("target_layers", problem, hint=hint)
 
 
 def share(t: float) -> float:

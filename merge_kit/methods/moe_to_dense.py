@@ -52,7 +52,7 @@ class MoeToDense(StructureMethod):
         word, numbers = self.experts.word, self.experts.numbers
         if word and word not in EXPERT_WORDS:
             problem = f"is {word!r}, expected a number, a list of numbers, all or shared"
-            raise ParameterError("experts", problem)
+            raise ParameterError("experts", problem, hint="write for example 0, [0, 2] or shared")
         if not word and not numbers:
             raise ParameterError("experts", "names no expert", hint="leave it out for all of them")
         twice = next((n for i, n in enumerate(numbers) if n in numbers[:i]), None)

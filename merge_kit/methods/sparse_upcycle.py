@@ -105,26 +105,30 @@ class SparseUpcycle(StructureMethod):
     def __post_init__(self) -> None:
         if self.num_experts is not None and not 1 <= self.num_experts <= MOST_EXPERTS:
             problem = f"is {self.num_experts:,}, expected 1 to {MOST_EXPERTS:,}"
-            raise ParameterError("num_experts", problem)
+            hint = "leave it out for one expert a model, or 8 copies of one"
+            raise ParameterError("num_experts", problem, hint=hint)
         self._check_top_k()
         if self.router_scale is not None and not 0 <= self.router_scale < math.inf:
             problem = f"is {self.router_scale:g}, expected a finite number of at least 0"
-            raise ParameterError("router_scale", problem)
+            raise ParameterError("router_scale", problem, hint="write a number such as 0.02")
         self._check_layers()
         for value in self.noise_scale:
             if not 0 <= value < math.inf:
                 problem = f"is {value:g}, expected a finite number of at least 0"
-                raise ParameterError("noise_scale", problem)
+                raise ParameterError("noise_scale", problem, hint="write a number such as 0.01")
         for value in self.residual_scale:
             if not math.isfinite(value):
-                raise ParameterError("residual_scale", f"is {value:g}, expected a finite number")
+                problem = f"is {value:g}, expected a finite number"
+                raise ParameterError("residual_scale", problem, hint="write a number such as 0.5")
 
     def _check_top_k(self) -> None:
         top_k, experts = self.experts_per_token, self.num_experts
         if top_k < 1:
-            raise ParameterError("experts_per_token", f"is {top_k}, expected at least 1")
+            problem = f"is {top_k}, expected at least 1"
+            raise ParameterError("experts_per_token", problem, hint="leave it out for 2")
         if experts is not None and top_k > experts:
-            problem = f"is {top_k}, and there are {experts} experts"
+            there = "is 1 expert" if experts == 1 else f"are {experts} experts"
+            problem = f"is {top_k}, and there {there}"
             hint = "a token passes each expert at most once: lower it, or raise num_experts"
             raise ParameterError("experts_per_token", problem, hint=hint)
 
@@ -134,7 +138,13 @@ class SparseUpcycle(StructureMethod):
             return
         if layers.word and layers.word not in SPARSE_WORDS:
             problem = f"is {layers.word!r}, expected a list of layers, or all, even or odd"
-            raise ParameterError("sparse_layers", problem)
+            hint = "write for example [1, 3, 5], or odd"
+            raise ParameterError("sparse_layers", problem, hint=hint)
         if not layers.word and not layers.numbers:
             hint = "leave it out to make every layer sparse"
             raise ParameterError("sparse_layers", "names no layer", hint=hint)
+        numbers = layers.numbers
+        twice = next((n for i, n in enumerate(numbers) if n in numbers[:i]), None)
+        if twice is not None:
+            hint = "a layer is sparse or dense: list it once"
+            raise ParameterError("sparse_layers", f"names {twice} twice", hint=hint)

@@ -8,6 +8,9 @@ from typing import ClassVar
 from merge_kit.errors import ParameterError
 from merge_kit.methods.structures import StructureMethod
 
+MOST = 1 << 24
+"""Largest size: above those of all models, and below what no disk holds."""
+
 SIZES = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
 
 
@@ -26,7 +29,11 @@ class WidthMethod(StructureMethod):
     def __post_init__(self) -> None:
         for size, value in self.sizes().items():
             if value < 1:
-                raise ParameterError(size, f"is {value}, expected at least 1")
+                hint = "leave it out to keep the size"
+                raise ParameterError(size, f"is {value}, expected at least 1", hint=hint)
+            if value > MOST:
+                problem = f"is {value:,}, expected at most {MOST:,}"
+                raise ParameterError(size, problem, hint="is a digit too many in it?")
 
     def sizes(self) -> dict[str, int]:
         """Return the sizes that are given."""

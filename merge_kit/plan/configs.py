@@ -11,7 +11,7 @@ from merge_kit.architecture.stacking import Origins
 from merge_kit.architecture.stacks import Stack
 from merge_kit.architecture.ties import is_head, is_tied
 from merge_kit.core.dtypes import config_name, is_float
-from merge_kit.errors import CheckpointError
+from merge_kit.errors import CheckpointError, PlanError
 from merge_kit.plan.assemble import Assembly
 from merge_kit.plan.models import Model, Part
 from merge_kit.plan.steps import Made
@@ -29,9 +29,10 @@ def _text(assembly: Assembly, part: Part, made: Sequence[Made]) -> str | None:
         return None
     try:
         return _patched(assembly, part, made, text)
-    except CheckpointError as error:
+    except (CheckpointError, PlanError) as error:
+        kind = CheckpointError if isinstance(error, CheckpointError) else PlanError
         where = f"{assembly.donor.label}/{error.where}"
-        raise CheckpointError(error.problem, where=where, hint=error.hint) from error
+        raise kind(error.problem, where=where, hint=error.hint) from error
 
 
 def _patched(assembly: Assembly, part: Part, made: Sequence[Made], text: str) -> str:

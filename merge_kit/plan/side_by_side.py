@@ -189,7 +189,7 @@ class SideBySide:
     def _config_of(self, model: Model, stack: Stack) -> Mapping[str, Any]:
         key = model.label, stack.prefix
         if key not in self._configs:
-            self._configs[key] = _config(model, stack)
+            self._configs[key] = config_of(model, stack)
         return self._configs[key]
 
 
@@ -211,7 +211,7 @@ def _is_mask(suffix: str, shape: Shape) -> bool:
     return mask or _BUFFER.search(suffix) is not None
 
 
-def _config(model: Model, stack: Stack) -> Mapping[str, Any]:
+def config_of(model: Model, stack: Stack) -> Mapping[str, Any]:
     """Return the object of a model's config that describes a stack, empty without a config."""
     folder = stack.prefix.rpartition("/")[0]
     part = next((part for part in model.parts if part.path == folder), model.main)

@@ -7,9 +7,8 @@ from dataclasses import dataclass, replace
 from hashlib import blake2b
 from typing import Literal
 
-from merge_kit.core.dtypes import DTYPES, is_float, promoted
+from merge_kit.core.dtypes import is_float, promoted
 from merge_kit.core.tensors import TensorSpec
-from merge_kit.errors import MergeKitError, MismatchError
 from merge_kit.methods.base import MergeMethod, PerModel
 from merge_kit.methods.linear import Linear
 from merge_kit.methods.passthrough import Passthrough
@@ -18,6 +17,7 @@ from merge_kit.plan.applying.applied import change_from
 from merge_kit.plan.evaluate import Evaluator
 from merge_kit.plan.evidence import Aux, Evidence
 from merge_kit.plan.filters import Filters
+from merge_kit.plan.fitting import refuse_arithmetic, same_shape
 from merge_kit.plan.items import Item, Part
 from merge_kit.plan.models import Held
 from merge_kit.plan.sources import Merged, Source, Stored
@@ -74,7 +74,7 @@ class StepMaker:
         Raises:
             MergeKitError: If parts do not fit one another, or the method cannot take them.
         """
-        _same_shape(item)
+        same_shape(item)
         self._watch(item)
         if item.action == "copy":
             return self._copied(item, item.parts[0])
@@ -205,7 +205,7 @@ class StepMaker:
 
     def _agreeing(self, item: Item, dtypes: list[str]) -> Made:
         """Return a copy of an integer tensor that must be equal in all models."""
-        _refuse_arithmetic(item, dtypes)
+        refuse_arithmetic(item, dtypes)
         base = next((part for part in item.parts if part.is_base), item.parts[0])
         conflict = self.stage.on_conflict
         if conflict != "error":
@@ -292,46 +292,3 @@ def _source(part: Part) -> Source:
 def _file_name(item: Item) -> str:
     prefix = f"{item.component}/" if item.component else ""
     return item.name.removeprefix(prefix)
-
-
-def _same_shape(item: Item) -> None:
-    first = item.parts[0]
-    for part in item.parts[1:]:
-        one, other = _held(first).spec.shape, _held(part).spec.shape
-        if one != other:
-            raise MismatchError(
-                f"{first.model.label} has shape {list(one)}, {part.model.label} {list(other)}",
-                where=item.name,
-                hint=_shape_hint(one, other),
-            )
-
-
-def _shape_hint(one: tuple[int, ...], other: tuple[int, ...]) -> str:
-    if len(one) == len(other) == 2 and one[1] == other[1]:
-        return (
-            "do the vocabularies differ? bring both to one vocabulary first, or take this tensor "
-            "from one model (`tensors: [{match: ..., copy: MODEL}]`), or leave that model out"
-        )
-    return "are the models of one size? `mergekit inspect A B` lists what differs"
-
-
-def _refuse_arithmetic(item: Item, dtypes: list[str]) -> None:
-    kinds = {DTYPES[dtype].kind for dtype in dtypes}
-    shown = ", ".join(
-        f"{part.model.label} {dtype}" for part, dtype in zip(item.parts, dtypes, strict=True)
-    )
-    error: MergeKitError | None = None
-    if "scaled" in kinds:
-        error = MismatchError(
-            f"cannot be merged as it is: {shown}; these values mean nothing without their scales",
-            where=item.name,
-            hint="convert the model to bfloat16 first; passthrough can copy it",
-        )
-    elif len(set(dtypes)) > 1:
-        error = MismatchError(
-            f"has dtypes that do not mix: {shown}",
-            where=item.name,
-            hint="take it from one model (`tensors: [{match: ..., copy: MODEL}]`)",
-        )
-    if error is not None:
-        raise error

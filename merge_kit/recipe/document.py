@@ -123,7 +123,7 @@ def _check_shape(findings: Findings, node: Node, fields: Fields) -> None:
             node.mark, "merge_method is missing", "write for example merge_method: linear"
         )
     if not full and not has_rules and not _builds_of_base(fields):
-        findings.error(node.mark, "found no models, slices or modules, expected one of them")
+        findings.error(node.mark, *_no_models(fields))
     if len(full) > 1:
         problem = f"found {' and '.join(full)}, expected only one of models, slices and modules"
         findings.error(fields[full[1]].key, problem, "use documents with names to do both")
@@ -134,11 +134,28 @@ def _check_shape(findings: Findings, node: Node, fields: Fields) -> None:
 
 def _builds_of_base(fields: Fields) -> bool:
     """Return whether a method builds a model of the base alone."""
+    return "base_model" in fields and _builds(fields) is not None
+
+
+def _builds(fields: Fields) -> type[MergeMethod] | None:
+    """Return a method that builds a model of another structure, None if it is another one."""
     try:
-        makes = find(_method_name(fields)).makes
+        method = find(_method_name(fields))
     except PlanError:  # reported where the name stands
-        return False
-    return makes == "structure" and "base_model" in fields
+        return None
+    return method if method.makes == "structure" else None
+
+
+def _no_models(fields: Fields) -> tuple[str, str]:
+    """Return problem and hint for a document that names nothing to work on."""
+    method = _builds(fields)
+    if method is None:
+        problem = "found no models, slices or modules, expected one of them"
+        return problem, "write for example models: [{model: NAME}]"
+    if method.min_inputs == 0 or not method.takes_base:
+        problem = "found neither models nor a base_model, expected one of them"
+        return problem, "write base_model: NAME, or models: [{model: NAME}]"
+    return "found no models, expected one", "write models: [{model: NAME}]"
 
 
 def _rules(fields: Fields) -> list[Fields]:

@@ -208,7 +208,8 @@ def _slice(scope: Scope, node: Node) -> Slice:
         scope = replace(scope, methods=(method,) if method else ())
     sources = _entries(scope, fields.get("sources"), SOURCE_KEYS, "one slice")
     if "sources" in fields and fields["sources"].is_empty:
-        scope.findings.wrong(fields["sources"], "at least one model with its layers")
+        hint = "write for example [{model: NAME, layer_range: [0, 16]}]"
+        scope.findings.wrong(fields["sources"], "at least one model with its layers", hint)
     lengths = [(len(entry.layers), entry) for entry in sources if entry.layers is not None]
     for length, entry in lengths[1:]:
         if length != lengths[0][0]:

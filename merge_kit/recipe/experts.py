@@ -76,7 +76,7 @@ def _experts(findings: Findings, node: Node | None) -> tuple[Node, ...]:
         return ()
     items = findings.items(node)
     if not items and isinstance(node.content, tuple) and node.name == "experts":
-        findings.wrong(node, "at least one expert")
+        findings.wrong(node, "at least one expert", "write for example [{source_model: NAME}]")
     entries = [_expert(findings, item) for item in items]
     return tuple(entry for entry in entries if entry is not None)
 

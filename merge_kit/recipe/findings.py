@@ -65,7 +65,7 @@ class Findings:
             number = converted(content, int)
             if isinstance(number, int) and 0 <= number <= MAX_WHOLE:
                 return number
-        self.wrong(node, "a whole number from 0")
+        self.wrong(node, "a whole number from 0", "write one number, such as 0 or 16")
         return None
 
     def choice(self, node: Node, choices: Sequence[Choice]) -> Choice | None:
@@ -87,7 +87,7 @@ class Findings:
         """Return the entries of a mapping; none, with a problem recorded, if it is no mapping."""
         if isinstance(node.content, Mapping):
             return node.content
-        self.wrong(node, "a mapping")
+        self.wrong(node, "a mapping", "write KEY: VALUE, one a line")
         return {}
 
     def fields(

@@ -17,6 +17,11 @@ from merge_kit.recipe.lookup import EXPECTED, converted
 from merge_kit.recipe.nodes import Node
 from merge_kit.recipe.values import NO_PARAMETERS, Parameters, Rule, Scalar, Setting
 
+_EXAMPLES: Mapping[type, str] = {
+    float: "write a number such as 0.5",
+    int: "write a number such as 8, without a fraction",
+    bool: "write true or false",
+}
 _QUOTE = "put it in quotes"
 _LIST = "write a value, a list of values, or a list of {filter, value}"
 
@@ -143,7 +148,7 @@ def _values(findings: Findings, node: Node, kind: type | None) -> tuple[Scalar, 
     """Return a value, or the anchors of a gradient."""
     anchors = node.content if isinstance(node.content, tuple) else (node,)
     if not anchors:
-        findings.wrong(node, "at least one value")
+        findings.wrong(node, "at least one value", "remove the key to leave it unset")
     values = [_scalar(findings, anchor, kind) for anchor in anchors]
     return tuple(value for value in values if value is not None)
 
@@ -166,4 +171,4 @@ def _value_hint(value: Scalar, kind: type | None) -> str:
         return _QUOTE
     if isinstance(value, str) and value.strip().endswith("%"):
         return "a share is a number between 0 and 1"
-    return ""
+    return _EXAMPLES.get(kind or str, "")

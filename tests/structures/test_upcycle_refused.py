@@ -60,7 +60,7 @@ def edited(folder, tmp_path, **values):
         ({"num_experts": 10**7}, "num_experts is 10,000,000, expected 1 to 4,096"),
         ({"experts_per_token": 0}, "experts_per_token is 0, expected at least 1"),
         ({"num_experts": 2, "experts_per_token": 3}, "is 3, and there are 2 experts"),
-        ({"num_experts": 1}, "is 2, and there are 1 experts"),
+        ({"num_experts": 1}, "num_experts: experts_per_token is 2, and there is 1 expert\n"),
         ({"experts_per_token": 9}, "is 9, and there are 8 experts"),
         ({"router_scale": -1}, "router_scale is -1"),
         ({"noise_scale": -0.5}, "noise_scale is -0.5"),

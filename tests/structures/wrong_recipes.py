@@ -16,13 +16,11 @@ class Wrong:
         text: The recipe.
         code: The exit code.
         said: Parts of the message: what was found and what was expected, or what can be done.
-        hint: Whether an action follows the problem; where the problem says all, none does.
     """
 
     text: str
     code: int
     said: tuple[str, ...]
-    hint: bool = True
 
 
 def stack(*sources: str) -> str:
@@ -71,7 +69,6 @@ STACKS = {
         stack("{model: a, layer_range: [-1, 2]}"),
         RECIPE,
         ("r.yaml:3:40", "is -1", "expected"),
-        hint=False,
     ),
     "backwards": Wrong(
         stack("{model: a, layer_range: [3, 1]}"),
@@ -80,7 +77,9 @@ STACKS = {
     ),
     "empty": Wrong(stack("{model: a, layer_range: [2, 2]}"), RECIPE, ("r.yaml:3:5", "no layer")),
     "of parts of layers": Wrong(
-        stack("{model: a, layer_range: [0, 1.5]}"), RECIPE, ("r.yaml:3:43", "1.5"), hint=False
+        stack("{model: a, layer_range: [0, 1.5]}"),
+        RECIPE,
+        ("r.yaml:3:43", "1.5"),
     ),
     "of three numbers": Wrong(
         stack("{model: a, layer_range: [0, 1, 2]}"), RECIPE, ("r.yaml:3:39", "list of 3")
@@ -95,14 +94,20 @@ STACKS = {
         stack("{model: a, layers: [0, 4]}"), RECIPE, ("r.yaml:3:15", "4", "4 layers")
     ),
     "list with a negative": Wrong(
-        stack("{model: a, layers: [0, -1]}"), RECIPE, ("r.yaml:3:38", "is -1"), hint=False
+        stack("{model: a, layers: [0, -1]}"),
+        RECIPE,
+        ("r.yaml:3:38", "is -1"),
     ),
     "list that is a number": Wrong(stack("{model: a, layers: 3}"), RECIPE, ("r.yaml:3:34", "is 3")),
     "list of lists": Wrong(
-        stack("{model: a, layers: [[0, 1]]}"), RECIPE, ("r.yaml:3:35",), hint=False
+        stack("{model: a, layers: [[0, 1]]}"),
+        RECIPE,
+        ("r.yaml:3:35",),
     ),
     "list of words": Wrong(
-        stack("{model: a, layers: [true]}"), RECIPE, ("r.yaml:3:35", "true"), hint=False
+        stack("{model: a, layers: [true]}"),
+        RECIPE,
+        ("r.yaml:3:35", "true"),
     ),
     "list that repeats": Wrong(
         stack("{model: a, layers: [0, 0, 1]}"), RECIPE, ("r.yaml:3:38", "layer 0", "twice")
@@ -117,9 +122,11 @@ STACKS = {
         RECIPE,
         ("3 layers", "2"),
     ),
-    "no source": Wrong(a_slice("sources: []"), RECIPE, ("r.yaml:3:14", "empty list"), hint=False),
+    "no source": Wrong(a_slice("sources: []"), RECIPE, ("r.yaml:3:14", "empty list")),
     "no slice": Wrong(
-        "merge_method: passthrough\nslices: []\n", RECIPE, ("r.yaml:1:1", "slices"), hint=False
+        "merge_method: passthrough\nslices: []\n",
+        RECIPE,
+        ("r.yaml:1:1", "slices"),
     ),
     "slices and models": Wrong(stack(A) + "models: [{model: a}]\n", RECIPE, ("models and slices",)),
     "two models where one passes": Wrong(
@@ -184,7 +191,6 @@ STACKS = {
         stack("{model: a, layer_range: [0, 2], parameters: {scale: big}}"),
         RECIPE,
         ("r.yaml:3:67", "'big'"),
-        hint=False,
     ),
     "no such module": Wrong(
         "merge_method: passthrough\nbase_model: a\n"
@@ -206,10 +212,14 @@ DEPTHS = {
     ),
     "no layers": Wrong(upscale("{target_layers: 0}"), RECIPE, ("r.yaml:3:29", "is 0")),
     "a word": Wrong(
-        upscale("{target_layers: many}"), RECIPE, ("r.yaml:3:29", "'many'"), hint=False
+        upscale("{target_layers: many}"),
+        RECIPE,
+        ("r.yaml:3:29", "'many'"),
     ),
     "a part of a layer": Wrong(
-        upscale("{target_layers: 5.5}"), RECIPE, ("r.yaml:3:29", "5.5"), hint=False
+        upscale("{target_layers: 5.5}"),
+        RECIPE,
+        ("r.yaml:3:29", "5.5"),
     ),
     "a list": Wrong(upscale("{target_layers: [5, 6]}"), RECIPE, ("r.yaml:3:29", "list")),
     "negative overlap": Wrong(upscale("{overlap: -1}"), RECIPE, ("r.yaml:3:23", "is -1")),
@@ -238,7 +248,6 @@ DEPTHS = {
         "merge_method: depth_upscale\nparameters: {overlap: 1}\n",
         RECIPE,
         ("r.yaml:1:1", "models"),
-        hint=False,
     ),
     "another hidden size": Wrong(
         upscale("{overlap: 1}", "{model: a}, {model: wide}"), MODEL, ("hidden_size is 16", "8")
@@ -269,7 +278,6 @@ DEPTHS = {
         upscale("{block_expansion: maybe, target_layers: 6}"),
         RECIPE,
         ("'maybe'", "true or false"),
-        hint=False,
     ),
     "a threshold that breaks": Wrong(
         upscale("{overlap: 1}", "{model: qwen2_window}"), RECIPE, ("max_window_layers",)
@@ -309,9 +317,11 @@ EXPERTS = {
         upcycle("{num_experts: 1000000}"), RECIPE, ("r.yaml:3:27", "1,000,000", "4,096")
     ),
     "in words": Wrong(
-        upcycle("{num_experts: eight}"), RECIPE, ("r.yaml:3:27", "'eight'"), hint=False
+        upcycle("{num_experts: eight}"),
+        RECIPE,
+        ("r.yaml:3:27", "'eight'"),
     ),
-    "half of one": Wrong(upcycle("{num_experts: 2.5}"), RECIPE, ("r.yaml:3:27", "2.5"), hint=False),
+    "half of one": Wrong(upcycle("{num_experts: 2.5}"), RECIPE, ("r.yaml:3:27", "2.5")),
     "top-k of none": Wrong(upcycle("{experts_per_token: 0}"), RECIPE, ("r.yaml:3:33", "is 0")),
     "top-k above them": Wrong(
         upcycle("{num_experts: 4, experts_per_token: 5}"),
@@ -357,10 +367,20 @@ EXPERTS = {
         upcycle("{num_experts: 4, sparse_layers: [-1]}", base="qwen2"),
         RECIPE,
         ("is -1",),
-        hint=False,
     ),
     "no layers": Wrong(
         upcycle("{num_experts: 4, sparse_layers: []}", base="qwen2"), RECIPE, ("empty list",)
+    ),
+    "a layer twice": Wrong(
+        upcycle("{num_experts: 4, sparse_layers: [1, 1]}", base="qwen2"),
+        RECIPE,
+        ("r.yaml:3:45", "1 twice"),
+    ),
+    "one expert": Wrong(
+        upcycle("{num_experts: 1}"), RECIPE, ("r.yaml:3:27", "there is 1 expert\n", "num_experts")
+    ),
+    "true for a number": Wrong(
+        upcycle("{experts_per_token: true}"), RECIPE, ("r.yaml:3:33", "is true", "whole number")
     ),
     "layers in a word": Wrong(
         upcycle("{num_experts: 4, sparse_layers: last}", base="qwen2"),
@@ -376,7 +396,9 @@ EXPERTS = {
         ("r.yaml:4:", "is -1"),
     ),
     "an endless scale": Wrong(
-        upcycle("{num_experts: 4, residual_scale: .inf}"), RECIPE, ("inf",), hint=False
+        upcycle("{num_experts: 4, residual_scale: .inf}"),
+        RECIPE,
+        ("inf",),
     ),
     "another hidden size": Wrong(
         upcycle("{}", models="{model: a}, {model: wide}"),
@@ -401,7 +423,6 @@ EXPERTS = {
         "merge_method: sparse_upcycle\nparameters: {num_experts: 4}\n",
         RECIPE,
         ("r.yaml:1:1",),
-        hint=False,
     ),
     "no config": Wrong(
         upcycle("{num_experts: 4}", base="bare"), RECIPE, ("bare", "no config.json", "architecture")
@@ -464,7 +485,9 @@ EXPERTS = {
         moe("gate_mode: magic"), RECIPE, ("r.yaml:2:12", "'magic'", "cheap_embed")
     ),
     "no experts in the list": Wrong(
-        moe("gate_mode: random", "[]"), RECIPE, ("r.yaml:3:10", "at least one expert"), hint=False
+        moe("gate_mode: random", "[]"),
+        RECIPE,
+        ("r.yaml:3:10", "at least one expert"),
     ),
     "an expert by another name": Wrong(
         moe("gate_mode: random", "[{model: a}, {source_model: b}]"), RECIPE, ("source_model",)
@@ -476,21 +499,27 @@ EXPERTS = {
 BACK = {
     "no experts": Wrong(of_one("moe_to_dense", "{}"), MODEL, ("no experts",)),
     "an expert too many": Wrong(
-        of_one("moe_to_dense", "{experts: 9}", "moe"), RECIPE, ("names 9", "holds 4", "0 to 3")
+        of_one("moe_to_dense", "{experts: 9}", "moe"),
+        RECIPE,
+        ("r.yaml:3:23", "names 9", "holds 4", "0 to 3"),
     ),
     "a negative expert": Wrong(
-        of_one("moe_to_dense", "{experts: -1}", "moe"), RECIPE, ("is -1",), hint=False
+        of_one("moe_to_dense", "{experts: -1}", "moe"),
+        RECIPE,
+        ("is -1",),
     ),
     "an expert twice": Wrong(
         of_one("moe_to_dense", "{experts: [1, 1]}", "moe"), RECIPE, ("1 twice",)
     ),
     "a shared one that is not": Wrong(
-        of_one("moe_to_dense", "{experts: shared}", "moe"), RECIPE, ("no shared expert",)
+        of_one("moe_to_dense", "{experts: shared}", "moe"),
+        RECIPE,
+        ("r.yaml:3:23", "no shared expert"),
     ),
     "another class": Wrong(
         of_one("moe_to_dense", "{architecture: qwen2}", "moe"),
         RECIPE,
-        ("qwen2", "mistral or llama"),
+        ("r.yaml:3:28", "qwen2", "mistral or llama"),
     ),
     "two models": Wrong(
         "merge_method: moe_to_dense\nmodels: [{model: moe}, {model: moe3}]\n",
@@ -514,6 +543,14 @@ BACK = {
     ),
 }
 WIDTHS = {
+    "a digit too many": Wrong(
+        of_one("pad", "{hidden_size: 1000000000000000}"),
+        RECIPE,
+        ("r.yaml:3:27", "1,000,000,000,000,000", "at most 16,777,216"),
+    ),
+    "a basis of no kind": Wrong(
+        of_one("project", "{basis: pca}"), MODEL, ("r.yaml:3:21", "'pca'", "basis is svd, or")
+    ),
     "no size": Wrong(of_one("pad", "{}"), RECIPE, ("no size",)),
     "narrower": Wrong(
         of_one("pad", "{hidden_size: 4}"), RECIPE, ("r.yaml:3:27", "is 4", "8", "crop")
@@ -522,8 +559,8 @@ WIDTHS = {
         of_one("crop", "{intermediate_size: 100}"), RECIPE, ("r.yaml:3:33", "is 100", "12", "pad")
     ),
     "nothing": Wrong(of_one("crop", "{hidden_size: 0}"), RECIPE, ("is 0", "at least 1")),
-    "a word": Wrong(of_one("pad", "{hidden_size: wide}"), RECIPE, ("'wide'",), hint=False),
-    "a part": Wrong(of_one("pad", "{intermediate_size: 20.5}"), RECIPE, ("20.5",), hint=False),
+    "a word": Wrong(of_one("pad", "{hidden_size: wide}"), RECIPE, ("'wide'",)),
+    "a part": Wrong(of_one("pad", "{intermediate_size: 20.5}"), RECIPE, ("20.5",)),
     "no whole groups": Wrong(
         of_one("pad", "{num_attention_heads: 3, num_key_value_heads: 2}"),
         RECIPE,

@@ -25,6 +25,7 @@ from merge_kit.plan.building.built import Built, Site
 from merge_kit.plan.building.experts_found import whole_groups
 from merge_kit.plan.building.one_model import only_model
 from merge_kit.plan.building.pieces import copied, made_of, part_of
+from merge_kit.plan.building.settings import place_of
 from merge_kit.plan.configs import result_parts
 from merge_kit.plan.items import Part
 from merge_kit.plan.models import Model
@@ -41,7 +42,9 @@ def build(site: Site, method: StructureMethod) -> Built:
     try:
         twin = twin_for(model.config, method.architecture)
     except PlanError as error:
-        raise PlanError(error.problem, where=model.label, hint=error.hint) from error
+        named = error.problem.startswith("architecture is")
+        where = place_of(site.stage, "architecture") if named else model.label
+        raise PlanError(error.problem, where=where, hint=error.hint) from error
     maker = _Maker(site, method, ref, model)
     made = list(maker.tensors(groups))
     width = _width(model, made)
@@ -138,7 +141,7 @@ class _Maker:
         if wrong:
             raise PlanError(
                 f"experts names {wrong[0]}, and {group.path} holds {group.count}",
-                where=str(self.site.stage.mark),
+                where=place_of(self.site.stage, "experts"),
                 hint=f"experts are numbered from 0 to {group.count - 1}",
             )
 
@@ -195,7 +198,7 @@ class _Maker:
         if missing:
             raise PlanError(
                 f"experts is shared, and {group.block} has no shared expert ({missing[0]})",
-                where=str(self.site.stage.mark),
+                where=place_of(self.site.stage, "experts"),
                 hint="name experts by their numbers, or leave it out for the mean of all",
             )
         self._leave_rest(group, set(wanted.values()))

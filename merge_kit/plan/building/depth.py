@@ -22,6 +22,7 @@ from merge_kit.plan.building.depth_identities import (
 )
 from merge_kit.plan.building.depth_order import Order, overlapping, places_of_copies
 from merge_kit.plan.building.depth_seam import blended, check_pairs, check_shares, note_kinds
+from merge_kit.plan.building.settings import place_of
 from merge_kit.plan.configs import result_parts
 from merge_kit.plan.slicing import Slicer
 from merge_kit.plan.steps import Made
@@ -43,8 +44,7 @@ def build(site: Site, method: StructureMethod) -> Built:
     try:
         slices, order = _slices(method, *copies)
     except ParameterError as error:
-        setting = stage.parameters.get(error.parameter)
-        where = str(stage.mark if setting is None else setting.mark)
+        where = place_of(stage, error.parameter)
         raise RecipeError(error.problem, where=where, hint=error.hint) from error
     pairs = check_pairs(order, *copies, str(stage.mark)) if order is not None else {}
     result = Assembly(stage, maker.donor, maker.base)

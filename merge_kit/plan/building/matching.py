@@ -57,12 +57,20 @@ def build(site: Site, method: StructureMethod) -> Built:
     return Built(assembly, made, result_parts(assembly, made), tuple(artefacts))
 
 
+_STORED = {
+    "fused": "fused, those of a layer in one tensor",
+    "split": "split, each in tensors of its own",
+}
+"""What a layout of experts is, in words."""
+
+
 def _models(site: Site) -> tuple[ModelRef, Model, Model]:
     """Return how the recipe names the model, the model, and the reference."""
     stage, base = site.stage, site.stage.base_model
     refs = [entry.model for entry in stage.models if entry.model != base]
     if base is None or len(refs) != 1:
-        found = f"{len(refs)} models" + (" and no base_model" if base is None else "")
+        found = f"{len(refs)} model{'s' * (len(refs) != 1)}"
+        found += " and no base_model" if base is None else ""
         raise PlanError(
             f"{stage.merge_method} takes base_model, whose order is kept, and one model; "
             f"found {found}",
@@ -153,6 +161,14 @@ def _same_groups(
     groups: Sequence[ExpertGroup],
     others: Mapping[str, ExpertGroup],
 ) -> None:
+    layouts = {group.layout for group in groups}, {group.layout for group in others.values()}
+    if layouts[0].isdisjoint(layouts[1]):
+        here, there = (_STORED[layout] for (layout,) in layouts)
+        raise MismatchError(
+            f"stores its experts {here}; {reference.label} {there}",
+            where=model.label,
+            hint="bring both to one layout first: load and save one of them with transformers",
+        )
     ours = [group.path for group in groups]
     alone = next((path for path in ours if path not in others), None)
     extra = next((path for path in others if path not in ours), None)

@@ -32,9 +32,16 @@ def structure_method(stage: Stage, entries: Sequence[Entry] | None = None) -> St
     try:
         return kind(**values)
     except ParameterError as error:
-        where = marks.get(error.parameter, stage.mark)
+        spoken = next((marks[name] for name in marks if name in error.hint), stage.mark)
+        where = marks.get(error.parameter, spoken)  # `experts_per_token` may be left out
         hint = error.hint or f"see `mergekit methods {stage.merge_method}`"
         raise RecipeError(error.problem, where=str(where), hint=hint) from error
+
+
+def place_of(stage: Stage, parameter: str) -> str:
+    """Return the place of a parameter in the recipe, or that of the stage where it is not set."""
+    setting = stage.parameters.get(parameter)
+    return str(stage.mark if setting is None else setting.mark)
 
 
 def _value(wanted: Parameter, stage: Stage, models: Sequence[Entry], marks: dict[str, Mark]) -> Any:

@@ -17,7 +17,7 @@ from merge_kit.errors import PlanError, RecipeError
 from merge_kit.methods.sparse_upcycle import SparseUpcycle
 from merge_kit.plan.assemble import Assembler
 from merge_kit.plan.building.built import Site
-from merge_kit.plan.building.settings import structure_method
+from merge_kit.plan.building.settings import place_of, structure_method
 from merge_kit.plan.models import Held, Model
 from merge_kit.recipe.values import NO_PARAMETERS, Entry, Mark, ModelRef
 
@@ -192,15 +192,17 @@ def _chosen(site: Site, method: SparseUpcycle, listed: int) -> list[int]:
         site.findings.problem(
             PlanError(
                 problem if few else f"{problem}, which {count} is no multiple of",
-                where=_where(site, "num_experts"),
+                where=place_of(site.stage, "num_experts"),
                 hint=hint,
             )
         )
         count = listed
     if method.experts_per_token > count:
-        problem = f"experts_per_token is {method.experts_per_token}, and there are {count} experts"
+        there = "is 1 expert" if count == 1 else f"are {count} experts"
+        problem = f"experts_per_token is {method.experts_per_token}, and there {there}"
         hint = "a token passes each expert at most once: lower it, or raise num_experts"
-        error = RecipeError(problem, where=_where(site, "experts_per_token"), hint=hint)
+        where = place_of(site.stage, "experts_per_token")
+        error = RecipeError(problem, where=where, hint=hint)
         site.findings.problem(error)
     return [i % listed for i in range(count)]
 
@@ -225,7 +227,7 @@ def _layers(site: Site, method: SparseUpcycle, layout: Layout, base: Dense) -> t
         found = tuple(i for i in every if i % 2 == ("even", "odd").index(asked.word))
     else:
         found = tuple(sorted(set(asked.numbers)))
-    where = _where(site, "sparse_layers")
+    where = place_of(site.stage, "sparse_layers")
     beyond = [i for i in found if i >= count]
     problem = hint = ""
     if beyond:
@@ -241,9 +243,3 @@ def _layers(site: Site, method: SparseUpcycle, layout: Layout, base: Dense) -> t
         site.findings.problem(PlanError(problem, where=where, hint=hint))
         return tuple(every)
     return found
-
-
-def _where(site: Site, parameter: str) -> str:
-    """Return the place of a parameter in the recipe, or that of the stage."""
-    setting = site.stage.parameters.get(parameter)
-    return str(setting.mark if setting is not None else site.stage.mark)

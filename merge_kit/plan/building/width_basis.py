@@ -117,15 +117,32 @@ def given_basis(
     return Basis(onto, back, artefact), shape[0]
 
 
+def _file(site: Site, path: str, mark: Mark) -> Model:
+    """Return the file of a basis; where there is none, say what a basis may be.
+
+    Raises:
+        CheckpointError: If it is missing or broken.
+    """
+    try:
+        return site.maker.evidence.lent(path, mark)
+    except CheckpointError as error:
+        if not error.problem.startswith("no folder or file"):
+            raise
+        close = error.hint.partition(" (")[0] if error.hint.startswith("did you mean") else ""
+        hint = "basis is svd, or the path of a safetensors file: FILE or FILE:TENSOR"
+        hint = f"{close} {hint}" if close else hint
+        raise CheckpointError(error.problem, where=error.where, hint=hint) from error
+
+
 def _matrix(site: Site, text: str, mark: Mark) -> Held:
     """Return the matrix that `FILE` or `FILE:TENSOR` means; an existing path wins over a colon."""
     path, _, name = text.rpartition(":")
     try:
-        model, name = site.maker.evidence.lent(text, mark), ""
+        model, name = _file(site, text, mark), ""
     except CheckpointError:
         if not path:
             raise
-        model = site.maker.evidence.lent(path, mark)
+        model = _file(site, path, mark)
     if name in model.tensors:
         return model.tensors[name]
     if not name and len(model.tensors) == 1:
