@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,9 @@ _FOUND = {
 
 SHOWN = 3
 """Names that are listed before `and 12 more`."""
+
+
+_LAYER = re.compile(r"\blayer (\d+)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,13 +159,30 @@ def _found(row: Sequence[Artefact]) -> str:
     return f"the order of experts in {layers}" if kind == "ExpertMatching" else _FOUND[kind]
 
 
-def _dropped(plan: Plan) -> list[str]:
-    """Return a text for each reason why tensors are dropped, in the order of the plan."""
+def dropped_by_reason(plan: Plan) -> dict[str, list[str]]:
+    """Return which tensors are dropped, by the reason, in the order of the plan.
+
+    Reasons that differ in the number of a layer only are one.
+    """
     reasons: dict[str, list[str]] = {}
+    layers: dict[str, dict[str, None]] = {}
     for fate in plan.fates:
         if fate.what == "dropped":
-            reasons.setdefault(fate.why, []).append(f"{fate.tensor} of {fate.model}")
-    return [f"{len(names):,}, {why}: {first_of(names)}" for why, names in reasons.items()]
+            alike = _LAYER.sub("\0", fate.why, count=1)
+            reasons.setdefault(alike, []).append(f"{fate.tensor} of {fate.model}")
+            number = _LAYER.search(fate.why)
+            layers.setdefault(alike, {})[number[1] if number is not None else ""] = None
+    return {why.replace("\0", _layers(list(layers[why]))): n for why, n in reasons.items()}
+
+
+def _layers(numbers: Sequence[str]) -> str:
+    return f"layer {numbers[0]}" if len(numbers) == 1 else f"each of layers {first_of(numbers)}"
+
+
+def _dropped(plan: Plan) -> list[str]:
+    """Return a text for each reason why tensors are dropped, in the order of the plan."""
+    rows = dropped_by_reason(plan).items()
+    return [f"{len(names):,}, {why}: {first_of(names)}" for why, names in rows]
 
 
 def _model(plan: Plan) -> str:

@@ -6,12 +6,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from merge_kit.methods.base import MergeMethod, PerModel
-from merge_kit.methods.registry import parameters
+from merge_kit.methods.registry import find, parameters
+from merge_kit.plan.describe import is_generated
 from merge_kit.plan.describe_scales import Scales, layer_scales, scale_note
 from merge_kit.plan.sources import (
     Chosen,
     Columns,
     Concat,
+    Found,
+    Generated,
     LowRank,
     Merged,
     Normed,
@@ -87,11 +90,43 @@ def _span(first: int, last: int) -> str:
 def rule_lines(plan: Plan) -> list[str]:
     """Return one line for each output tensor: its name, what is done, and from what."""
     files, labels = file_keys(plan), _labels(plan)
+    own = plan.method if find(plan.method).makes == "structure" else ""
     return [
-        f"{target.key}: {_rule(step, i, files, labels)}"
+        f"{target.key}: {_made(step, own, labels) or _rule(step, i, files, labels)}"
         for step in plan.steps
         for i, target in enumerate(step.outputs)
     ]
+
+
+def _made(step: Step, own: str, labels: Mapping[str, str]) -> str:
+    """Return what a built tensor is: generated numbers, or another shape of one of a model.
+
+    Args:
+        own: The output's method if it builds, else "".
+    """
+    note = f" ({step.note})" if step.note else ""
+    if is_generated(step):
+        kinds = dict.fromkeys(map(_generated, step.inputs))
+        return f"generated: {', '.join(kinds)}{note}"
+    if not own or step.method is None or step.method.method_name != "passthrough":
+        return ""
+    if arguments(step.method)["scale"] not in ((), (None,)):
+        return ""
+    return f"{own} of {', '.join(labels.get(model, model) for model in step.models)}{note}"
+
+
+def _generated(source: Source) -> str:
+    """Return what numbers are that no file holds."""
+    match source:
+        case Found(key=key):
+            return f"found before the run, {key}"
+        case Generated(kind="zeros"):
+            return "zeros"
+        case Generated(kind="constant", scale=scale):
+            return f"{scale:g} everywhere"
+        case Generated(kind=kind, scale=scale):
+            return f"{kind} numbers times {scale:g}"
+    return "found before the run"
 
 
 def _weights(step: Step, output: int) -> tuple[float, ...]:
@@ -119,7 +154,9 @@ def _rule(step: Step, output: int, files: Mapping[Path, str], labels: Mapping[st
 
 def _call(method: MergeMethod) -> str:
     shown = [
-        f"{name}={_value(value)}" for name, value in arguments(method).items() if name != "weight"
+        f"{name}={_value(value)}"
+        for name, value in arguments(method).items()
+        if name != "weight" and value != ()
     ]
     return f"{method.method_name}({', '.join(shown)})"
 

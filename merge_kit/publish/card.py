@@ -11,7 +11,7 @@ import yaml
 from merge_kit.core.names import HUB_ID
 from merge_kit.core.sizes import format_count, format_size
 from merge_kit.methods.registry import find
-from merge_kit.plan.describe import counts_line, merged_by_method, plural
+from merge_kit.plan.describe import counts_line, dropped_by_reason, merged_by_method, plural
 from merge_kit.plan.describe_orders import Orders
 from merge_kit.plan.values import Plan, PlanInput
 from merge_kit.publish.adapter_card import adapter_bases, is_adapter, rank_lines
@@ -144,11 +144,7 @@ def _result(plan: Plan, nonfinite: Mapping[str, int]) -> Iterator[str]:
     yield counts_line(plan)
     for method, count in merged_by_method(plan).items():
         yield f"merged by {code(method)}: {count:,}"
-    dropped: dict[str, list[str]] = {}
-    for fate in plan.fates:
-        if fate.what == "dropped":
-            dropped.setdefault(fate.why, []).append(f"{fate.tensor} of {fate.model}")
-    for why, names in dropped.items():
+    for why, names in dropped_by_reason(plan).items():
         reason = f" ({plain(without_homes(why))})" if why else ""
         yield f"left out{reason}: {_listed(names)}"
     if nonfinite:
