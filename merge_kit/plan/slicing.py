@@ -11,6 +11,7 @@ from merge_kit.core.layers import LayerList, Layers
 from merge_kit.errors import PlanError
 from merge_kit.methods.registry import find
 from merge_kit.plan.assemble import Assembler, Assembly, Names, Sliced, tied_embedding
+from merge_kit.plan.holes import hole
 from merge_kit.plan.items import Group, Item
 from merge_kit.plan.models import Model
 from merge_kit.plan.repeats import repeats
@@ -125,10 +126,11 @@ class Slicer:
         error = beside.problem(model, self._stack_of(model) or self.stack, layer, str(mark))
         if error is not None:
             self.maker.findings.problem(error)
-        for one, _ in at:
-            note = beside.note(one, self._stack_of(one) or self.stack)
-            if note is not None:
-                self.maker.findings.note(note)
+        for one, number in at:
+            own = self._stack_of(one) or self.stack
+            for note in (beside.note(one, own), hole(one, own, number)):
+                if note is not None:
+                    self.maker.findings.note(note)
 
     def _outside(self, group: Group, role: str) -> list[Item]:
         pairs = sorted(group.pairs(), key=lambda pair: not group.is_base(pair[0]))

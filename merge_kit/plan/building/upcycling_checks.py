@@ -6,6 +6,8 @@ from collections.abc import Iterator, Sequence
 
 from merge_kit.architecture.experts import BUFFERS, DOWN, GATE, MLP, UP, is_sparse
 from merge_kit.architecture.experts_config import config_problem
+from merge_kit.architecture.quantised import quantisation_problem
+from merge_kit.core.dtypes import is_float
 from merge_kit.errors import MergeKitError, MismatchError, PlanError
 from merge_kit.plan.building.built import Site
 from merge_kit.plan.building.upcycling_cast import Cast, Dense
@@ -17,6 +19,11 @@ Shape = tuple[int, int]
 def check(site: Site, cast: Cast) -> None:
     """Put everything that does not fit into the findings."""
     experts = distinct(cast)
+    quantised = list(_quantised(cast, experts))
+    for one in quantised:
+        site.findings.problem(one)
+    if quantised:
+        return  # names and shapes are those of packed numbers
     for error in (*_base(cast), *(e for one in experts for e in _expert(cast, one))):
         site.findings.problem(error)
     if cast.base.model.config is not None:
@@ -33,6 +40,30 @@ def distinct(cast: Cast) -> list[Dense]:
     if cast.shared is not None:
         every.append(cast.shared.dense)
     return list({id(dense.model): dense for dense in every}.values())
+
+
+def _quantised(cast: Cast, experts: Sequence[Dense]) -> Iterator[MergeKitError]:
+    """Yield models whose numbers mean nothing without scales, or whose MLPs are no floats."""
+    found = set()
+    for model in dict.fromkeys((cast.base.model, *(dense.model for dense in experts))):
+        problem = quantisation_problem(model.config or {}, {s.dtype for s in model.specs.values()})
+        if problem is not None:
+            found.add(model)
+            hint = "make experts of the model it was made from, and quantise the result"
+            yield MismatchError(problem, where=model.label, hint=hint)
+    for dense in (one for one in experts if one.model not in found):
+        held = (dense.layers.get(layer, {}).get(suffix) for layer in cast.layers for suffix in MLP)
+        odd = next((n for n in held if n and not _is_plain(dense, n)), None)
+        if odd is not None:
+            yield MismatchError(
+                f"{odd} is {dense.model.specs[odd].dtype}, and experts are matrices of floats",
+                where=dense.model.label,
+                hint="make experts of a model in bfloat16, and quantise the result",
+            )
+
+
+def _is_plain(dense: Dense, name: str) -> bool:
+    return is_float(dense.model.specs[name].dtype)
 
 
 def mlp_shape(dense: Dense, layer: int) -> Shape | None:
