@@ -48,7 +48,8 @@ def _layers(part: Part) -> Mapping[str, Any]:
 def _hint(
     part: Part, name: str, keys: Sequence[str], one: tuple[int, ...], other: tuple[int, ...]
 ) -> str:
-    embeds = embedding_for("lm_head.weight", {part.name: part.model.specs[part.name]}) is not None
+    known = embedding_for("lm_head.weight", {part.name: part.model.specs[part.name]})
+    embeds = known is not None or "embed" in name
     if "vocab_size" in keys or ((embeds or is_head(name)) and one[1:] == other[1:]):
         return _VOCABULARY
     if any("experts" in key for key in keys):
