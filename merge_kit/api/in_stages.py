@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from merge_kit.api.forming import is_at_hand
@@ -13,7 +14,7 @@ from merge_kit.plan.cost import sized
 from merge_kit.plan.sources import Memory, Merged, Source
 from merge_kit.plan.steps import Made
 from merge_kit.plan.values import Step
-from merge_kit.plan.walk import with_parts, with_sources
+from merge_kit.plan.walk import feeding, with_parts, with_sources
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
     from merge_kit.engine.operands import Artefacts
 
 Emit = Callable[[int, "Tensor"], None]
+Run = Callable[..., None]
+"""Computes steps: (steps, files, what takes each result)."""
+
 Kept = dict[int, "Tensor"]
 """What a step of an earlier stage yields, flat, by the step's id."""
 
@@ -45,23 +49,47 @@ def inner_results(
     for number, stage in enumerate(lowered.stages[:-1]):
         for name, _ in copies(lowered, tuple(m for m in stage if m.step.agree)):
             del name  # only looked at: integers must be equal in all models
-        fresh = [m for m in stage if isinstance(m.held.source, Merged)]
-        fresh = [m for m in fresh if _id(m.held.source) not in kept]
-        steps = [ready(_feeding(m), kept) for m in fresh]
-
-        def keep(index: int, tensor: Tensor, fresh: list[Made] = fresh) -> None:
-            kept[_id(fresh[index].held.source)] = tensor.flatten()
-
-        merge_each(
-            steps,
-            lowered.files,
-            keep,
-            workers=workers,
-            allow_nonfinite=allow_nonfinite,
-            found=found,
+        run = partial(merge_each, workers=workers, allow_nonfinite=allow_nonfinite, found=found)
+        _between([made.step for made in stage], lowered, kept, run)
+        _keep(
+            [m.held.source for m in stage if isinstance(m.held.source, Merged)], lowered, kept, run
         )
         found = _found(lowered, number + 1, kept, found)
+    run = partial(merge_each, workers=workers, allow_nonfinite=allow_nonfinite, found=found)
+    _between([made.step for made in lowered.stages[-1]], lowered, kept, run)
     return kept, found
+
+
+def _between(steps: Sequence[Step], lowered: Lowered, kept: Kept, run: Run) -> None:
+    """Keep what feeds steps and is no result of a stage: results of inputs that are chosen."""
+    while missing := _missing(steps, kept):
+        _keep(missing, lowered, kept, run)
+
+
+def _missing(steps: Sequence[Step], kept: Kept) -> list[Merged]:
+    """Return what feeds steps, is not kept, and can be computed of what is kept."""
+    found: dict[int, Merged] = {}
+    pending = [source for step in steps for source in feeding(step)]
+    while pending:
+        source = pending.pop()
+        if id(source.step) in kept or id(source.step) in found:
+            continue
+        inner = [one for one in feeding(source.step) if id(one.step) not in kept]
+        pending += inner
+        if not inner:
+            found[id(source.step)] = source
+    return list(found.values())
+
+
+def _keep(sources: Sequence[Merged], lowered: Lowered, kept: Kept, run: Run) -> None:
+    """Compute results, and keep them in the dtype in which they feed others."""
+    fresh = list({id(one.step): one for one in sources if id(one.step) not in kept}.values())
+    steps = [ready(_feeding(one), kept) for one in fresh]
+
+    def keep(index: int, tensor: Tensor) -> None:
+        kept[id(fresh[index].step)] = tensor.flatten()
+
+    run(steps, lowered.files, keep)
 
 
 def _found(lowered: Lowered, number: int, kept: Kept, found: Artefacts) -> Artefacts:
@@ -75,16 +103,11 @@ def _found(lowered: Lowered, number: int, kept: Kept, found: Artefacts) -> Artef
     return find_each(at_hand, lowered.files, found)
 
 
-def _id(source: Source) -> int:
-    assert isinstance(source, Merged)
-    return id(source.step)
-
-
-def _feeding(made: Made) -> Step:
-    """Return a step of a stage that feeds others, with an output of the dtype that it feeds."""
-    (target,) = made.step.outputs
-    dtype = made.held.source.dtype
-    return replace(made.step, outputs=(replace(target, spec=replace(target.spec, dtype=dtype)),))
+def _feeding(source: Merged) -> Step:
+    """Return a step that feeds others, with an output of the dtype that it feeds."""
+    step, dtype = source.step, source.dtype
+    (target,) = step.outputs
+    return replace(step, outputs=(replace(target, spec=replace(target.spec, dtype=dtype)),))
 
 
 def ready(step: Step, kept: Kept) -> Step:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import merge_kit as mk
 from merge_kit.api import merge, plan
 from merge_kit.engine.matching import best_order
 from merge_kit.plan.walk import merged_sources
@@ -108,6 +109,25 @@ def test_a_step_holds_one_of_the_results_that_it_could_be_made_of(method, three)
     last = {"merge_method": "match_experts", "base_model": str(three / "r")}
     made = plan([stage, {**last, "models": [{"model": "stage"}]}])
     assert max(len(merged_sources(step)) for step in made.steps) <= 1
+
+
+def test_a_model_in_memory_is_matched_as_one_in_a_file(three, tmp_path):
+    a, b, r = (str(three / name) for name in "abr")
+    made = {
+        "linear": mk.linear([a, b], weight=0.5),
+        "slerp": mk.slerp(a, [b], t=0.3),
+        "matched": mk.match_experts(a, base=b),
+        "project": mk.project(a),
+        "twice": mk.linear([mk.slerp(a, [b], t=0.3), b], weight=0.5),
+    }
+    for name, model in made.items():
+        mk.match_experts(model, base=r).save(tmp_path / name)
+        held = mk.match_experts(model, base=r).state_dict()
+        assert_same_tensors(held, stored(tmp_path / name))
+    half = {"name": "half", "merge_method": "linear", **stages(three)["linear"]}
+    last = {"merge_method": "match_experts", "base_model": r, "models": [{"model": "half"}]}
+    merge([half, last], tmp_path / "recipe")
+    assert_same_tensors(stored(tmp_path / "linear"), stored(tmp_path / "recipe"))
 
 
 def test_equal_orders_leave_a_model_its_own():
