@@ -14,9 +14,9 @@ from merge_kit.plan.findings import Findings
 from merge_kit.plan.inputs import Inputs
 from merge_kit.plan.inputs import listed as listed_models
 from merge_kit.plan.items import Group, Item, Part
+from merge_kit.plan.layer_origins import LayerOrigin
 from merge_kit.plan.models import Model
 from merge_kit.plan.rules import Rules
-from merge_kit.plan.values import LayerOrigin
 from merge_kit.recipe.values import (
     NO_PARAMETERS,
     Entry,

@@ -16,10 +16,12 @@ from merge_kit.plan.building.built import Site
 from merge_kit.plan.building.stage import build, builds, misplaced_structures
 from merge_kit.plan.chains import Chains
 from merge_kit.plan.configs import result_parts
+from merge_kit.plan.describe_scales import layer_scales
 from merge_kit.plan.evidence import Evidence
 from merge_kit.plan.findings import Findings
 from merge_kit.plan.finishing import Draft, Limits, finish, package_version
 from merge_kit.plan.inputs import Inputs
+from merge_kit.plan.layer_origins import StageLayers
 from merge_kit.plan.layout import place, place_steps
 from merge_kit.plan.making import makes_adapters, misplaced, plan_adapters
 from merge_kit.plan.models import Model, Part
@@ -197,6 +199,21 @@ def _model_draft(planner: _Planner, planned: list[_Planned]) -> Draft:
         layers=stack.count if stack is not None else None,
         layer_map=tuple(assembly.origins),
         artefacts=tuple(planner.artefacts),
+        stage_layers=tuple(_stage_layers(one) for one in planned[:-1]),
+    )
+
+
+def _stage_layers(planned: _Planned) -> StageLayers:
+    """Return where the layers of a stage that feeds others come from."""
+    origins = tuple(planned.assembly.origins)
+    scales = layer_scales(origins, (one.step for one in planned.made))
+    models = dict.fromkeys(part.model.key for one in planned.made for part in one.item.parts)
+    return StageLayers(
+        planned.model.key,
+        planned.assembly.stage.merge_method,
+        tuple(models),
+        origins,
+        tuple(tuple(scales.get((one.stack, one.layer), {}).items()) for one in origins),
     )
 
 
@@ -232,6 +249,7 @@ def _adapter_draft(planner: _Planner, planned: list[_Planned], made: AdapterPlan
         looks=[step for step in made.fits if step.outputs[0].key not in keys],
         ranks=made.ranks,
         artefacts=tuple(planner.artefacts),
+        stage_layers=tuple(_stage_layers(one) for one in planned),
     )
 
 

@@ -40,6 +40,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         "shards": [_shard(shard) for shard in plan.shards],
         "side_files": _value(plan.side_files, files),
         "layer_map": _value(plan.layer_map, files),
+        "stage_layers": _value(plan.stage_layers, files),
         "steps": _value(plan.steps, files),
         "fates": _value(plan.fates, files),
         "ranks": _value(plan.ranks, files),

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from merge_kit.methods.passthrough import Passthrough
-from merge_kit.plan.values import Plan, Step
+from merge_kit.plan.layer_origins import LayerOrigin
+from merge_kit.plan.values import Step
 
 Scales = Mapping[str, float]
 """Of one layer: kind of tensor (`o_proj`) -> factor; "" where all have the same."""
@@ -14,17 +15,19 @@ SHOWN = 4
 """Kinds of tensors that are listed before `and 3 more`."""
 
 
-def layer_scales(plan: Plan) -> dict[tuple[str, int], Scales]:
+def layer_scales(
+    origins: Iterable[LayerOrigin], steps: Iterable[Step]
+) -> dict[tuple[str, int], Scales]:
     """Return what is scaled in each layer of the stacks that slices build; layers as they are lack.
 
     Only layers that are taken from one model are looked at: a factor that another stage applied is
     no part of this one.
     """
-    places = {f"{o.stack}{_dot(o.stack)}{o.layer}.": o for o in plan.layer_map if not o.method}
+    places = {f"{o.stack}{_dot(o.stack)}{o.layer}.": o for o in origins if not o.method}
     if not places:
         return {}
     found: dict[tuple[str, int], dict[str, float | None]] = {}
-    for step in plan.steps:
+    for step in steps:
         for target in step.outputs:
             origin = places.get(_lead(target.key, places))
             if origin is not None:

@@ -9,6 +9,7 @@ from merge_kit.methods.base import MergeMethod, PerModel
 from merge_kit.methods.registry import find, parameters
 from merge_kit.plan.describe import is_generated
 from merge_kit.plan.describe_scales import Scales, layer_scales, scale_note
+from merge_kit.plan.layer_origins import LayerOrigin, StageLayers
 from merge_kit.plan.sources import (
     Chosen,
     Columns,
@@ -28,15 +29,42 @@ from merge_kit.plan.sources import (
     Transposed,
     View,
 )
-from merge_kit.plan.values import LayerOrigin, Plan, Step
+from merge_kit.plan.values import Plan, Step
+
+_IN_PLACE = "each layer from the layers of the same number"
 
 
 def layer_lines(plan: Plan) -> list[str]:
-    """Return one line for each longest run of layers that come from consecutive layers."""
-    labels, scales = _labels(plan), layer_scales(plan)
-    runs = _runs(plan.layer_map, scales)
-    lines = [_layer_line(run, labels, [scales.get(_place(one), {}) for one in run]) for run in runs]
-    return lines or ["no layer is moved: each comes from the layers of the same number"]
+    """Return one line for each longest run of layers that come from consecutive layers.
+
+    Stages that feed the output come first, each line with the name of its stage in front.
+    """
+    labels, scales = _labels(plan), layer_scales(plan.layer_map, plan.steps)
+    fed = [line for stage in plan.stage_layers for line in _stage_lines(stage, labels)]
+    lines = _map_lines(plan.layer_map, labels, scales)
+    if not lines and not any(stage.origins for stage in plan.stage_layers):
+        return ["no layer is moved: each comes from the layers of the same number"]
+    return [*fed, *(lines or [f"output: {plan.method}, {_IN_PLACE}"])]
+
+
+def _stage_lines(stage: StageLayers, labels: Mapping[str, str]) -> list[str]:
+    """Return the lines of a stage that feeds others."""
+    given = zip(stage.origins, stage.scales, strict=True)
+    scales = {_place(one): dict(factors) for one, factors in given if factors}
+    lines = _map_lines(stage.origins, labels, scales)
+    models = ", ".join(labels.get(key, key) for key in stage.models)
+    return [
+        f"{stage.stage}: {line}" for line in lines or [f"{stage.method} of {models}, {_IN_PLACE}"]
+    ]
+
+
+def _map_lines(
+    origins: Sequence[LayerOrigin],
+    labels: Mapping[str, str],
+    scales: Mapping[tuple[str, int], Scales],
+) -> list[str]:
+    runs = _runs(origins, scales)
+    return [_layer_line(run, labels, [scales.get(_place(one), {}) for one in run]) for run in runs]
 
 
 def _labels(plan: Plan) -> dict[str, str]:

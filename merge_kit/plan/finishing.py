@@ -16,6 +16,7 @@ from merge_kit.io.values import WeightFile
 from merge_kit.plan import cost
 from merge_kit.plan.building.matching_task import ExpertMatching
 from merge_kit.plan.building.routers_tasks import EmbeddedRouters, HiddenRouters
+from merge_kit.plan.layer_origins import LayerOrigin, StageLayers
 from merge_kit.plan.process import process_bytes
 from merge_kit.plan.spilling import with_spills
 from merge_kit.plan.standing import standing_bytes
@@ -24,7 +25,6 @@ from merge_kit.plan.values import (
     Artefact,
     Bill,
     Fate,
-    LayerOrigin,
     ModuleRank,
     Plan,
     PlanInput,
@@ -89,6 +89,7 @@ class Draft:
     looks: Sequence[Step] = ()
     ranks: tuple[ModuleRank, ...] = ()
     artefacts: tuple[Artefact, ...] = ()
+    stage_layers: tuple[StageLayers, ...] = ()
 
 
 def finish(draft: Draft, recipe: Recipe, limits: Limits) -> Plan:
@@ -131,6 +132,7 @@ def finish(draft: Draft, recipe: Recipe, limits: Limits) -> Plan:
         fits=fits,
         ranks=draft.ranks,
         artefacts=draft.artefacts,
+        stage_layers=draft.stage_layers,
     )
 
 

@@ -8,15 +8,15 @@ from merge_kit.architecture.roles import outside_role
 from merge_kit.architecture.stacks import Stack, layer_name, same_place, split_layer
 from merge_kit.architecture.ties import head_name, is_tied
 from merge_kit.core.layers import LayerList, Layers
-from merge_kit.errors import PlanError
+from merge_kit.errors import MismatchError, PlanError
 from merge_kit.methods.registry import find
 from merge_kit.plan.assemble import Assembler, Assembly, Names, Sliced, tied_embedding
 from merge_kit.plan.holes import hole
 from merge_kit.plan.items import Group, Item
+from merge_kit.plan.layer_origins import LayerOrigin
 from merge_kit.plan.models import Model
 from merge_kit.plan.repeats import repeats
 from merge_kit.plan.side_by_side import SideBySide
-from merge_kit.plan.values import LayerOrigin
 from merge_kit.recipe.values import Parameters, Slice
 
 Taken = Sequence[tuple[Model, int]]
@@ -121,6 +121,12 @@ class Slicer:
                 )
                 hint = "begin with layer 0, and take it nowhere else"
                 self.maker.findings.problem(PlanError(problem, where=str(entry.mark), hint=hint))
+            if self.stack == self.maker.donor.described and _is_absent(model, own, layer):
+                problem = f"layer {layer} of {model.label} has no tensors"
+                hint = "is the download complete? its other layers have some"
+                self.maker.findings.problem(
+                    MismatchError(problem, where=str(entry.mark), hint=hint)
+                )
         model, layer = at[0]
         mark = group.entries[0].mark
         error = beside.problem(model, self._stack_of(model) or self.stack, layer, str(mark))
@@ -185,6 +191,11 @@ class Slicer:
             named = next((s for s in model.stacks if s.prefix == self.stack.prefix), None)
             return named or model.described
         return same_place(self.stack, model.stacks)
+
+
+def _is_absent(model: Model, stack: Stack, layer: int) -> bool:
+    """Return whether nothing of a layer is there, in a model whose config knows no such layers."""
+    return layer not in model.by_layer(stack) and "block_configs" not in (model.config or {})
 
 
 def _layers_of(group: Group) -> list[tuple[Taken, float]]:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from merge_kit.core.tensors import TensorSpec
 from merge_kit.io.values import WeightFile
 from merge_kit.methods.base import MergeMethod
+from merge_kit.plan.layer_origins import LayerOrigin, StageLayers
 from merge_kit.plan.sources import Source
 
 
@@ -190,20 +191,6 @@ class Artefact:
 
 
 @dataclass(frozen=True, slots=True)
-class LayerOrigin:
-    """Where one output layer comes from: (model key, its layer) a source.
-
-    Attributes:
-        method: What merges the sources, "" where the layer is taken as it is.
-    """
-
-    stack: str
-    layer: int
-    sources: tuple[tuple[str, int], ...]
-    method: str = ""
-
-
-@dataclass(frozen=True, slots=True)
 class Bill:
     """What a run will take.
 
@@ -254,6 +241,7 @@ class Plan:
         ranks: Rank of each module that the output's adapters change, in the order of the steps;
             upper bounds while there are fits.
         artefacts: What is found of weights or of prompts before the steps run.
+        stage_layers: Where the layers of the stages that feed the output come from, in their order.
     """
 
     method: str
@@ -277,6 +265,7 @@ class Plan:
     fits: tuple[Step, ...] = ()
     ranks: tuple[ModuleRank, ...] = ()
     artefacts: tuple[Artefact, ...] = ()
+    stage_layers: tuple[StageLayers, ...] = ()
 
     @property
     def read(self) -> tuple[PlanInput, ...]:

@@ -109,9 +109,14 @@ def _config(plan: Plan, keys: Sequence[str]) -> dict[str, int]:
     return {key: values[key] for key in keys if isinstance(values.get(key), int)}
 
 
+def _is_fed(plan: Plan) -> bool:
+    """Return whether a stage that feeds the output moves layers."""
+    return any(stage.origins for stage in plan.stage_layers)
+
+
 def layer_map(plan: Plan) -> list[str]:
     """Return the layers' origins in ranges, where layers were built, the first of many."""
-    lines = layer_lines(plan) if plan.layer_map else []
+    lines = layer_lines(plan) if plan.layer_map or _is_fed(plan) else []
     more = len(lines) - _RUNS
     shown = [f"- {code(line)}" for line in lines[:_RUNS]]
     return [*shown, *([f"- and {more:,} more; the recipe has them all"] if more > 0 else [])]

@@ -19,8 +19,8 @@ from merge_kit.plan.building.upcycling_cast import Cast, Dense, cast_of
 from merge_kit.plan.building.upcycling_checks import check, distinct, mlp_shape
 from merge_kit.plan.building.upcycling_tensors import Weaver
 from merge_kit.plan.configs import result_parts
+from merge_kit.plan.layer_origins import LayerOrigin
 from merge_kit.plan.models import Model, Part
-from merge_kit.plan.values import LayerOrigin
 
 
 def build(site: Site, method: StructureMethod) -> Built:
