@@ -290,6 +290,7 @@ slices:
   - sources: [{model: half, layer_range: [0, 2]}]
 """
     assert layer_lines(plan(text, toys)) == [
+        "half: passthrough of input-1:IDX, each layer from the layers of the same number",
         "model.layers 0-1 from half 0-1",
         "model.layers 2-3 from half 0-1",
     ]
