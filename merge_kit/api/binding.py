@@ -42,7 +42,7 @@ def bind(
         hint = f"write {name}(base, [model, ...])"
         raise UsageError(f"{name} needs a base", hint=hint)
     if not models:
-        hint = f"write {name}([a, b], ...)"
+        hint = f"write {name}({_call(name)}, ...)"
         raise UsageError("found no models, expected at least one", where=name, hint=hint)
     given: dict[str, Any] = {}
     for key, value in told.items():
@@ -88,8 +88,16 @@ def listed(name: str, found: object) -> Sequence[Any]:
     """
     if isinstance(found, str | bytes | Mapping) or not isinstance(found, Sequence):
         problem = f"found models of type {type(found).__name__}, expected a list"
-        raise UsageError(problem, where=name, hint=f"write {name}([a, b], ...)")
+        raise UsageError(problem, where=name, hint=f"write {name}({_call(name)}, ...)")
     return found
+
+
+def _call(name: str) -> str:
+    """Return how models are passed to a method's function."""
+    kind = registry.find(name)
+    if kind.makes == "structure" and kind.max_inputs == 1:
+        return "model"
+    return "model, or [a, b]" if kind.makes == "structure" else "[a, b]"
 
 
 def default_of(parameter: Parameter) -> Any:

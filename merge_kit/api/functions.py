@@ -154,7 +154,7 @@ def _function(
         **parameters: Any,
     ) -> LazyMerge | LazyAdapter:
         if models is None:
-            models, first = _models(method, first), None
+            models, first = _models(method, first, base), None
         if first is not None and base is not None:
             problem = "found the base twice, expected it once"
             raise UsageError(problem, where=name, hint=f"write {name}(base, [a, b], ...)")
@@ -176,9 +176,15 @@ def _function(
     return made
 
 
-def _models(method: type[MergeMethod], found: Any) -> Sequence[Any]:
-    """Return the models of a call; a method that builds a model may be given one, and no list."""
-    one = method.makes == "structure" and found is not None and not isinstance(found, list | tuple)
+def _models(method: type[MergeMethod], found: Any, base: Any) -> Sequence[Any]:
+    """Return the models of a call; a method that builds a model may be given one, and no list.
+
+    Or the base alone, which is then the model.
+    """
+    builds = method.makes == "structure"
+    if builds and found is None and base is not None:
+        return [base]
+    one = builds and found is not None and not isinstance(found, list | tuple)
     return [found] if one else listed(method.method_name, found)
 
 

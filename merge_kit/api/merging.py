@@ -206,10 +206,15 @@ def _describe(folder: Path, planned: Plan, recipe: Recipe, report: Report) -> No
         nonfinite=report.nonfinite,
         saturated=report.saturated,
         facts=report.facts,
+        orders=report.orders,
         versions={"merge_kit": package_version("merge_kit"), **versions()},
     )
     card = model_card(
-        planned, recipe_text=recipe.text, nonfinite=report.nonfinite, facts=report.facts
+        planned,
+        recipe_text=recipe.text,
+        nonfinite=report.nonfinite,
+        facts=report.facts,
+        orders=report.orders,
     )
     files = [SideFile("merge_kit.json", text=text), SideFile("README.md", text=card)]
     write_side_files(folder, files)

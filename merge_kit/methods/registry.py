@@ -92,7 +92,8 @@ class Parameter:
     @property
     def shown_kind(self) -> str:
         """The type, or the texts that it may be."""
-        return " or ".join(self.choices) or self.kind.__name__
+        known = " or ".join(self.choices) or self.kind.__name__
+        return "list of int, or a word" if known == "Listed" else known
 
     def problem(self, value: object) -> ParameterError | None:
         """Return what is wrong with a value that is none of the choices."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -90,3 +91,22 @@ def test_what_only_a_config_tells_is_asked_for(base):
         with pytest.raises(MergeKitError) as caught:
             build().state_dict()
         assert "config.json" in str(caught.value)
+
+
+def test_a_base_alone_is_the_model(base):
+    deeper = mk.depth_upscale(base=DEMO / "base", target_layers=6).state_dict()
+    assert layers(deeper) == 6
+    with pytest.raises(UsageError) as caught:
+        mk.pad("large", "small")
+    assert "pad(model, ...)" in str(caught.value)
+
+
+def test_the_record_says_which_experts_were_matched(tmp_path):
+    experts = [DEMO / skill for skill in ("add", "sort", "translate")]
+    first = mk.sparse_upcycle(DEMO / "base", experts).save(tmp_path / "first")
+    second = mk.sparse_upcycle(DEMO / "base", experts[::-1]).save(tmp_path / "second")
+    out = mk.match_experts(first, [second]).save(tmp_path / "out")
+    orders = json.loads((out / "merge_kit.json").read_text())["orders"]
+    assert len(orders) == 4
+    assert all(order["experts"] == [2, 1, 0] for order in orders.values())
+    assert "## Experts" in (out / "README.md").read_text()
