@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from merge_kit.architecture.experts import BUFFERS, DOWN, GATE, MLP, UP, is_sparse
 from merge_kit.architecture.experts_config import config_problem
 from merge_kit.architecture.quantised import quantisation_problem
+from merge_kit.architecture.sections import is_int
 from merge_kit.core.dtypes import is_float
 from merge_kit.errors import MergeKitError, MismatchError, PlanError
 from merge_kit.plan.building.built import Site
@@ -94,6 +95,13 @@ def _base(cast: Cast) -> Iterator[MergeKitError]:
             f"holds {_some(odd)}, for which a {layout.model_type} has no place",
             where=base.model.label,
             hint="an expert has three matrices and no bias; take a model without these",
+        )
+    told = (base.model.config or {}).get("num_hidden_layers")
+    if is_int(told) and told != base.stack.count:
+        yield MismatchError(
+            f"the config counts {told} layers, {base.stack.prefix} holds {base.stack.count}",
+            where=f"{base.model.label}/config.json",
+            hint="are files missing? repair the config if none are",
         )
     wanted = sorted(layout.holds)
     for layer in range(base.stack.count):
