@@ -177,7 +177,8 @@ def _write(
     lowered: Lowered, folder: Path, shard_bytes: int, workers: int, *, allow_nonfinite: bool
 ) -> list[SideFile]:
     """Write the tensors of a merge as they are made, each whole; return the index files."""
-    from merge_kit.engine.in_memory import TensorWriter, merge_each  # noqa: PLC0415  (torch)
+    from merge_kit.engine.in_memory import merge_each  # noqa: PLC0415  (torch)
+    from merge_kit.engine.tensor_writer import TensorWriter  # noqa: PLC0415
 
     kept, found = inner_results(lowered, workers, allow_nonfinite=allow_nonfinite)
     placed, shards, indexes = place(lowered.parts, lowered.made, shard_bytes)

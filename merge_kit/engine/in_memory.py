@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,11 +35,10 @@ from merge_kit.errors import CheckpointError, MismatchError, UsageError
 from merge_kit.io.reader import Reader
 from merge_kit.io.torch_dtypes import torch_dtype
 from merge_kit.io.values import WeightFile
-from merge_kit.io.writer import Writer
 from merge_kit.methods.reductions import CHUNK
 from merge_kit.methods.rounding import nonfinite, round_into
 from merge_kit.plan.sources import Memory, Source, Stored
-from merge_kit.plan.values import Artefact, Shard, Step, Target
+from merge_kit.plan.values import Artefact, Step
 from merge_kit.plan.whole_model import Group, group_of, groups, model_scans
 
 _NAMES: dict[torch.dtype, str] = {
@@ -110,36 +107,6 @@ def check_equal(reader: Reader, step: Step) -> None:
                 where=step.outputs[0].key,
                 hint="take this tensor from one of the models",
             )
-
-
-class TensorWriter:
-    """Writes whole tensors to their places in the shards of an output folder."""
-
-    def __init__(self, folder: Path, shards: Sequence[Shard]) -> None:
-        self._paths = [folder / shard.name for shard in shards]
-        self._shards, self._writer = shards, Writer()
-
-    def __enter__(self) -> Self:
-        for path, shard in zip(self._paths, self._shards, strict=True):
-            self._writer.create(path, shard.nbytes, shard.header)
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._writer.close()
-
-    def write(self, target: Target, tensor: Tensor) -> None:
-        """Write a contiguous tensor of the target's dtype.
-
-        Raises:
-            OutputError: If the system refuses.
-        """
-        content = tensor.flatten().view(torch.uint8).numpy().data
-        self._writer.write(self._paths[target.shard], target.offset, content)
 
 
 def merge_each(

@@ -1,43 +1,45 @@
 """Where any element range of an operand comes from.
 
-A new kind of surgery is a new source here and its reader in `engine/operands.py`. Every source
-has `dtype` (of what it yields before conversion) and `shape`.
+A new kind of surgery is a new source, here or in `leaf_sources`, and its reader in
+`engine/operands.py`. Every source has `dtype` (of what it yields before conversion) and `shape`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import prod
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from merge_kit.core.dtypes import promoted
-from merge_kit.core.tensors import ByteSpan, StoredTensor
+from merge_kit.plan.leaf_sources import Found, Generated, Memory, Stored, of_file
 
 if TYPE_CHECKING:
     from merge_kit.plan.values import Step
 
-
-@dataclass(frozen=True, slots=True)
-class Stored:
-    """Bytes of a file."""
-
-    span: ByteSpan
-    dtype: str
-    shape: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Memory:
-    """A tensor in memory.
-
-    Attributes:
-        tensor: torch's, flat, contiguous, on the CPU; planning does not look into it.
-    """
-
-    tensor: Any = field(repr=False)
-    dtype: str
-    shape: tuple[int, ...]
+__all__ = [
+    "SOURCES",
+    "Chosen",
+    "Columns",
+    "Concat",
+    "Found",
+    "Generated",
+    "LowRank",
+    "Memory",
+    "Merged",
+    "Normed",
+    "Permuted",
+    "Projected",
+    "Rows",
+    "Scaled",
+    "Source",
+    "Stored",
+    "Sum",
+    "Transposed",
+    "View",
+    "elements",
+    "of_file",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,44 +225,6 @@ class Normed:
 
 
 @dataclass(frozen=True, slots=True)
-class Generated:
-    """Numbers from no file.
-
-    Attributes:
-        kind: zeros; constant, all of them `scale`; or random numbers keyed by `key` and seed:
-            normal, of standard deviation `scale`, or uniform, between -scale and scale.
-    """
-
-    kind: Literal["zeros", "constant", "normal", "uniform"]
-    shape: tuple[int, ...]
-    key: str = ""
-    seed: int = 0
-    scale: float = 1.0
-
-    @property
-    def dtype(self) -> str:
-        return "F32"
-
-
-@dataclass(frozen=True, slots=True)
-class Found:
-    """Numbers that are found before the run, of weights or of prompts.
-
-    Attributes:
-        key: Of the artefact that holds them; see `plan.values.Artefact`.
-        name: Of the tensor in it.
-    """
-
-    key: str
-    name: str
-    shape: tuple[int, ...]
-
-    @property
-    def dtype(self) -> str:
-        return "F32"
-
-
-@dataclass(frozen=True, slots=True)
 class Chosen:
     """One of several sources of equal shape and dtype: which one is found before the run.
 
@@ -326,11 +290,6 @@ Source = (
 
 SOURCES = Source.__args__
 """The classes of sources."""
-
-
-def of_file(tensor: StoredTensor) -> Stored:
-    """Return the bytes of a tensor in a file as a source."""
-    return Stored(tensor.span, tensor.spec.dtype, tensor.spec.shape)
 
 
 def elements(source: Source) -> int:
