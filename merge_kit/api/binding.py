@@ -94,10 +94,10 @@ def listed(name: str, found: object) -> Sequence[Any]:
 
 def _call(name: str) -> str:
     """Return how models are passed to a method's function."""
-    kind = registry.find(name)
-    if kind.makes == "structure" and kind.max_inputs == 1:
-        return "model"
-    return "model, or [a, b]" if kind.makes == "structure" else "[a, b]"
+    kind = registry.find(name) if name in registry.names() else None
+    if kind is None or kind.makes != "structure":
+        return "[a, b]"
+    return "model" if kind.max_inputs == 1 else "model, or [a, b]"
 
 
 def default_of(parameter: Parameter) -> Any:

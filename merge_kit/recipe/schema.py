@@ -152,7 +152,7 @@ def _definitions() -> Schema:
 
 def _definitions_of_experts() -> Schema:
     """Return models that become experts, and the form of a document that mergekit-moe reads."""
-    text: Schema = {"type": "string", "pattern": r"\S", "maxLength": MAX_BYTES}
+    text: Schema = {"type": "string", "pattern": r"^$|\S", "maxLength": MAX_BYTES}
     prompts = {
         key: {"type": "array", "items": text, "maxItems": MAX_PROMPTS} for key in keys.PROMPT_KEYS
     }

@@ -328,10 +328,16 @@ def test_whatever_a_key_holds_is_read_or_refused(key):
 
 
 def test_several_problems_come_in_one_list():
-    text = PLAIN.replace("[x]", "7").replace("[y]", "['']") + "dtype: int4\ngate_mode: none\n"
+    text = PLAIN.replace("[x]", "7").replace("[y]", "[3]") + "dtype: int4\ngate_mode: none\n"
     with pytest.raises(Problems) as caught:
         parse_recipe(text)
     assert len(caught.value.errors) == 4
+
+
+def test_a_prompt_may_be_empty_as_published_recipes_have_it():
+    recipe = parse_recipe(PLAIN.replace("[x]", "['']") + "gate_mode: random\n")
+    (stage,) = recipe.stages
+    assert stage.models[0].prompts == Prompts(("",))
 
 
 SEED = f"""\
@@ -402,7 +408,7 @@ def test_the_schema_refuses_what_the_reader_refuses():
         PLAIN.replace("source_model: a", "model: a"),
         PLAIN.replace("base_model: base\n", ""),
         PLAIN.replace("[x]", "x"),
-        PLAIN.replace("[x]", "['']"),
+        PLAIN.replace("[x]", "[3]"),
         "base_model: a\nexperts: []",
         SHARED + "  - {source_model: a, positive_prompts: [q]}\n",
         "merge_method: sparse_upcycle\n" + PLAIN,
