@@ -18,6 +18,7 @@ from merge_kit.engine.found import read_found, write_found
 from merge_kit.engine.journal import FOLDER
 from merge_kit.engine.matching import match_experts
 from merge_kit.engine.operands import Operands
+from merge_kit.engine.pages import give_back
 from merge_kit.engine.prepared import prepared
 from merge_kit.engine.routers import find_embedded, find_hidden
 from merge_kit.engine.state import RunState
@@ -64,6 +65,7 @@ def find_artefacts(run: RunState, stop: threading.Event) -> None:
             finally:
                 operands.close()
             write_found(path, known)
+            give_back()
         share.end()
         run.found[artefact.key] = known
 

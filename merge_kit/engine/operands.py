@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from merge_kit.core.dtypes import DTYPES
+from merge_kit.core.tensors import BLOCK
 from merge_kit.engine.assembled import read_columns, read_transposed
 from merge_kit.engine.norms import read_normed
 from merge_kit.engine.products import forget, read_low_rank, read_sum
@@ -172,8 +173,13 @@ class Operands:
 
 
 def _generate(source: Generated, start: int, stop: int, out: Tensor) -> None:
-    if source.kind in _RANDOM:
-        drawn = _RANDOM[source.kind]((source.seed, source.key), start, stop)
-        out.copy_(drawn.mul_(source.scale))
-    else:
+    draw = _RANDOM.get(source.kind)
+    if draw is None:
         out.fill_(source.scale if source.kind == "constant" else 0.0)
+        return
+    low = start
+    while low < stop:  # block by block: what is drawn stays in the cache
+        high = min(stop, (low // BLOCK + 1) * BLOCK)
+        drawn = draw((source.seed, source.key), low, high)
+        out[low - start : high - start].copy_(drawn.mul_(source.scale))
+        low = high

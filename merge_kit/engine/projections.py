@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from merge_kit.engine.assembled import Read, row_runs
+from merge_kit.engine.pages import buffer
 from merge_kit.engine.workspace import Workspace
 from merge_kit.plan.residency import projected_rows, projected_strip
 from merge_kit.plan.sources import Found, Projected, Scaled, Source, Transposed, elements
@@ -66,7 +67,7 @@ class _Strips:
         kept = self.work.kept.get(key)
         if kept is None:
             most = min(tall, source.shape[0])
-            kept = [-1, torch.empty(most, source.shape[1], dtype=torch.float64)]
+            kept = [-1, _matrix(most, source.shape[1])]
             self.work.kept[key] = kept
         found: Tensor = kept[1][:rows]
         if kept[0] != index:
@@ -104,7 +105,7 @@ class _Strips:
     def _buffer(self, name: str, rows: int, columns: int) -> Tensor:
         key = (id(self.source), name)
         if key not in self.work.kept:
-            self.work.kept[key] = torch.empty(rows, columns, dtype=torch.float64)
+            self.work.kept[key] = _matrix(rows, columns)
         buffer: Tensor = self.work.kept[key]
         return buffer
 
@@ -118,11 +119,15 @@ class _Strips:
                 return found.view(factor.shape)
         key = (id(factor), "factor")
         if key not in self.work.kept:
-            flat = torch.empty(elements(factor), dtype=torch.float64)
+            flat = buffer(elements(factor), torch.float64)
             self.read(factor, 0, flat.numel(), flat, self.work)
             self.work.kept[key] = flat.view(factor.shape)
         whole: Tensor = self.work.kept[key]
         return whole
+
+
+def _matrix(rows: int, columns: int) -> Tensor:
+    return buffer(rows * columns, torch.float64).view(rows, columns)
 
 
 def read_scaled(

@@ -10,8 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from merge_kit.engine.pages import buffer
+
 ALIGN = 16
 """Elements that rows begin at multiples of: 64 bytes of float32."""
+
+_SPARE = "spare-"
 
 _SKEW = 5 * ALIGN  # keeps rows of equal length off the same cache sets
 
@@ -49,6 +53,8 @@ class Workspace:
 
     def _forget(self) -> None:
         self.kept.clear()
+        for name in [name for name in self._floats if name.startswith(_SPARE)]:
+            del self._floats[name]  # the bill has them beside the other buffers of one step only
         if self._child is not None:
             self._child._forget()  # noqa: SLF001
 
@@ -60,7 +66,7 @@ class Workspace:
         if memory is None or memory.numel() < wanted:
             memory = None
             self._floats.pop(name, None)
-            memory = self._floats[name] = torch.empty(wanted, dtype=torch.uint8)
+            memory = self._floats[name] = buffer(wanted, torch.uint8)
         flat = memory[:wanted].view(dtype)
         return flat.as_strided((count, elements), (stride, 1))
 
@@ -69,7 +75,7 @@ class Workspace:
         """Lend an uninitialised (elements,), apart from those that are lent at the same time."""
         self._depth += 1
         try:
-            yield self.rows(f"spare-{self._depth}", 1, elements, dtype)[0]
+            yield self.rows(f"{_SPARE}{self._depth}", 1, elements, dtype)[0]
         finally:
             self._depth -= 1
 
@@ -78,7 +84,7 @@ class Workspace:
         found = self._bytes.get(name)
         if found is None or len(found[1]) < count:
             self._bytes.pop(name, None)
-            tensor = torch.empty(count, dtype=torch.uint8)
+            tensor = buffer(count, torch.uint8)
             found = self._bytes[name] = (tensor, memoryview(tensor.numpy().data))
         return found[0][:count], found[1][:count]
 

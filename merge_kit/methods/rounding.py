@@ -11,14 +11,21 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+ODD = BLOCK // 4
+"""Elements that are rounded to odd at once: what that takes stays small."""
+
+ODD_BYTES = 40 * ODD
+"""What it takes."""
+
+
 def round_into(values: Tensor, out: Tensor) -> None:
     """Fill `out` with values rounded once to its dtype, to nearest even."""
     if values.dtype != torch.float64 or out.dtype not in (torch.bfloat16, torch.float16):
         out.copy_(values)
         return
     flat, narrow = values.reshape(-1), out.view(-1)
-    for start in range(0, flat.numel(), BLOCK):  # torch goes through float32: it rounds twice
-        narrow[start : start + BLOCK].copy_(_odd(flat[start : start + BLOCK]))
+    for start in range(0, flat.numel(), ODD):  # torch goes through float32: it rounds twice
+        narrow[start : start + ODD].copy_(_odd(flat[start : start + ODD]))
 
 
 def _odd(values: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from dataclasses import replace
 from merge_kit.core.sizes import format_size
 from merge_kit.core.tensors import BLOCK, nbytes
 from merge_kit.errors import MergeKitError, PlanError
+from merge_kit.plan.code_memory import code_bytes
 from merge_kit.plan.process import process_bytes
 from merge_kit.plan.residency import projected_passes
 from merge_kit.plan.sources import (
@@ -22,10 +23,9 @@ from merge_kit.plan.sources import (
     elements,
 )
 from merge_kit.plan.step_memory import (
-    ALGEBRA_BYTES,
     float_bytes,
     flops,
-    multiplies,
+    rows_bytes,
     slab_bytes,
 )
 from merge_kit.plan.values import Bill, Step
@@ -104,10 +104,12 @@ def heavy_bytes(steps: Sequence[Step], workers: int, *, sparing: bool = False) -
 
 def peak_bytes(steps: Sequence[Step], workers: int, tensors: int, *, sparing: bool = False) -> int:
     """Return the resident memory of the whole process."""
-    light = max((s.peak_bytes for s in steps if not is_whole(s)), default=0)
+    some = [(rows_bytes(s), s.peak_bytes) for s in steps if not is_whole(s)]
+    light = max((rows for rows, _ in some), default=0)
+    light += max((peak - rows for rows, peak in some), default=0)
     heavy = heavy_bytes(steps, workers, sparing=sparing)
-    algebra = ALGEBRA_BYTES if any(multiplies(step) for step in steps) else 0
-    return process_bytes() + algebra + workers * light + heavy + _TENSOR_BYTES * tensors
+    code = code_bytes(steps)
+    return process_bytes() + code + workers * light + heavy + _TENSOR_BYTES * tensors
 
 
 def fit(

@@ -124,7 +124,7 @@ def _rank(source: LowRank) -> int:
     return max(1, source.a.shape[0])
 
 
-def spare_bytes(source: Source, count: int, width: int) -> int:
+def spare_bytes(source: Source, count: int, width: int) -> int:  # noqa: PLR0911  (one a kind)
     """Return what reading `count` elements of `width` bytes holds for the moment, beside them."""
     count = min(count, elements(source))
     inside = max((spare_bytes(part, count, width) for part in parts(source)), default=0)
@@ -133,6 +133,8 @@ def spare_bytes(source: Source, count: int, width: int) -> int:
             return width * count + inside
         case Columns():
             return width * count + inside
+        case Generated():
+            return 24 * BLOCK
         case LowRank():
             whole = max(spare_bytes(factor, elements(factor), width) for factor in _factors(source))
             return max(inside, whole, width * _left_elements(source, count))

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from itertools import zip_longest
 from math import prod
+from typing import Any
 
 from merge_kit.core.dtypes import DTYPES
 from merge_kit.core.tensors import BLOCK, nbytes, numel
+from merge_kit.methods.rounding import ODD_BYTES
 from merge_kit.methods.updates import AdapterMethod, Work
 from merge_kit.plan.residency import (
     PIECE,
@@ -32,6 +34,9 @@ ALGEBRA_BYTES = 10_000_000
 _ALGEBRA_BUFFERS = 2_000_000
 """What they take for themselves in each thread."""
 
+_PROJECTED_BUFFERS = 8_000_000
+"""What products of large matrices in float64 take."""
+
 _YIELDED = 24
 """Bytes of an element of a factor that is yielded: in float64, and while it is rounded."""
 
@@ -45,6 +50,13 @@ def float_bytes(step: Step) -> int:
 def _whole(step: Step) -> list[Source]:
     """Return the further operands that are whole in every slab."""
     return [source for _, source in step.aux if is_whole_aux(step, source)]
+
+
+def rows_bytes(step: Step) -> int:
+    """Return the part of a step's peak that operands are read into: a worker keeps the longest."""
+    if step.method is None:
+        return 0
+    return min(step.peak_bytes, _slab_count(step, step.slab_elements) * float_bytes(step))
 
 
 def slab_bytes(step: Step, slab: int) -> int:
@@ -86,7 +98,7 @@ def _own_bytes(step: Step, slab: int) -> int:
     raw = max((raw_bytes(source, longest) for source in operands(step)), default=0)
     spare = max((spare_bytes(source, longest, width) for source in operands(step)), default=0)
     own = count * float_bytes(step) + width * sum(whole) + raw + spare + _statistics_bytes(step)
-    own += _ALGEBRA_BUFFERS if multiplies(step) else 0
+    own += _algebra_buffers(step) + (ODD_BYTES if step.compute == "F64" else 0)
     if _factors(step):
         return own + _work(step).scratch_bytes + _YIELDED * sum(t.spec.numel for t in step.outputs)
     scratch = step.method.scratch_bytes(len(step.inputs), count + max(whole, default=0))
@@ -101,15 +113,21 @@ def _compared_bytes(step: Step, slab: int, width: int) -> int:
     return max(4 * 8 * BLOCK, 2 * width * count + raw + spare)
 
 
+def _algebra_buffers(step: Step) -> int:
+    if not multiplies(step):
+        return 0
+    projects = any(_has_products(s, Projected) for s in operands(step))
+    return _PROJECTED_BUFFERS if projects else _ALGEBRA_BUFFERS
+
+
 def multiplies(step: Step) -> bool:
     """Return whether a step, or one that feeds it, computes products of matrices."""
     steps = [step, *(source.step for source in merged_sources(step))]
     return any(_factors(one) or any(_has_products(s) for s in operands(one)) for one in steps)
 
 
-def _has_products(source: Source) -> bool:
-    products = isinstance(source, LowRank | Projected)
-    return products or any(_has_products(part) for part in parts(source))
+def _has_products(source: Source, kinds: Any = LowRank | Projected) -> bool:
+    return isinstance(source, kinds) or any(_has_products(part, kinds) for part in parts(source))
 
 
 def _slab_count(step: Step, slab: int) -> int:

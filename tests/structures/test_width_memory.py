@@ -20,7 +20,7 @@ peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 peak *= 1 if sys.platform == "darwin" else 1024
 print(json.dumps([peak, done.plan.bill.peak_bytes]))
 """
-HIDDEN, INNER, VOCAB = 512, 15_000, 30_000
+HIDDEN, INNER, VOCAB = 512, 15_000, 45_000
 GENERATOR = torch.Generator().manual_seed(9)
 
 
@@ -30,7 +30,7 @@ def normal(*shape: int) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory) -> Path:
-    """A Llama of one layer and 110 MB in bfloat16."""
+    """A Llama of one layer and 140 MB in bfloat16."""
     folder = tmp_path_factory.mktemp("large") / "model"
     folder.mkdir()
     tensors = {
@@ -79,4 +79,4 @@ def test_a_change_of_width_stays_within_its_bill(method, hidden, threads, large,
     recipe = {"merge_method": method, "models": [{"model": str(large)}], "parameters": sizes}
     peak, promised = merged(recipe, tmp_path / "out", threads)
     assert peak <= promised
-    assert promised < 250e6 + 105e6  # the model does not fit beside Python and torch
+    assert promised < 250e6 + 135e6  # the model does not fit beside Python and torch

@@ -16,6 +16,9 @@ from merge_kit.recipe.values import Mark
 
 _SHOWN = 5
 
+_SOLVER_BYTES = 10_000_000
+"""What products and decompositions keep for themselves when a basis is found."""
+
 
 @dataclass(frozen=True, slots=True)
 class EmbeddingBasis:
@@ -71,8 +74,8 @@ def svd_basis(site: Site, model: Model, hidden: int) -> Basis:
     artefact = Artefact(
         key,
         task,
-        peak_bytes=8 * (7 * width * width + hidden * width) + 32_000_000,
-        kept_bytes=8 * hidden * width,
+        peak_bytes=8 * (7 * width * width + hidden * width) + 32_000_000 - _SOLVER_BYTES,
+        kept_bytes=8 * hidden * width + _SOLVER_BYTES,
         read_bytes=nbytes(source.dtype, elements(source)),
         flops=2.0 * vocabulary * width**2 + 9.0 * width**3,
     )
@@ -108,8 +111,8 @@ def given_basis(
     artefact = Artefact(
         key,
         GivenBasis(found.source, text),
-        peak_bytes=8 * (8 * size + 4 * max(shape) * min(shape)) + 32_000_000,
-        kept_bytes=2 * 8 * size,
+        peak_bytes=8 * (8 * size + 4 * max(shape) * min(shape)) + 32_000_000 - _SOLVER_BYTES,
+        kept_bytes=2 * 8 * size + _SOLVER_BYTES,
         read_bytes=found.spec.nbytes,
         flops=14.0 * size * min(shape),
     )
