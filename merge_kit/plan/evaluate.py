@@ -123,7 +123,16 @@ def _check_inputs(
         f"{item.method} takes {wanted} model{'s' if wanted[-1] != '1' else ''}{beside}, "
         f"found {len(inputs)}: {names}",
         where=str(item.mark),
-        hint="an unlisted base_model counts as an input of this method"
-        if item.method == "passthrough"
-        else "see `mergekit methods`",
+        hint=_fewer(item),
     )
+
+
+def _fewer(item: Item) -> str:
+    """Return what to do about the number of models of an item."""
+    if item.method != "passthrough":
+        return "see `mergekit methods`"
+    if any(part.added for part in item.parts):
+        return "an unlisted base_model counts as an input of this method"
+    if any(part.entry.layers is not None for part in item.parts):
+        return "give each source a slice of its own, or this slice a merge_method that merges"
+    return "list one model, or write a merge_method that merges several"

@@ -10,7 +10,7 @@ from typing import Literal
 from merge_kit.core.dtypes import RECIPE_DTYPES
 from merge_kit.errors import PlanError
 from merge_kit.methods.base import MergeMethod
-from merge_kit.methods.registry import find
+from merge_kit.methods.registry import find, parameters
 from merge_kit.recipe.entries import (
     read_experts,
     read_method,
@@ -68,7 +68,7 @@ class Document:
 def read_document(node: Node, folder: Path | None, findings: Findings) -> Document:
     """Return what a document says; what is wrong goes to the findings."""
     node = lowered(node, findings)
-    fields = findings.fields(node, RECIPE_KEYS, hints=_OF_EXPERTS)
+    fields = findings.fields(node, RECIPE_KEYS, hints=_misplaced(node))
     _check_shape(findings, node, fields)
     method = _method_name(fields)
     scope = Scope(findings, folder, _methods(fields, method))
@@ -103,6 +103,17 @@ def read_document(node: Node, folder: Path | None, findings: Findings) -> Docume
         check_experts(findings, stage, fields.get("parameters"))
     output = {key: fields[key] for key in OUTPUT_KEYS if key in fields}
     return Document(stage, output, fields.get("name"))
+
+
+def _misplaced(node: Node) -> Mapping[str, str]:
+    """Return what to say of keys that have their place elsewhere: parameters of the method."""
+    named = node.content.get("merge_method") if isinstance(node.content, Mapping) else None
+    try:
+        method = find(str(named.content)) if named is not None else None
+    except PlanError:  # reported where the name stands
+        method = None
+    own = [p.name for p in parameters(method)] if method is not None else []
+    return _OF_EXPERTS | {name: f"write it under parameters: {{{name}: ...}}" for name in own}
 
 
 def _full(fields: Fields) -> list[str]:

@@ -161,8 +161,20 @@ def _refuse_duplicates(scope: Scope, entries: Sequence[Entry], where: str) -> No
         if known is not entry:
             line = f", first in line {known.mark.line}" if known.mark.line else ""
             problem = f"{entry.model.text!r} stands twice in {where}{line}"
-            hint = "list it once, with the sum of the weights"
-            scope.findings.error(entry.model.mark, problem, hint)
+            scope.findings.error(entry.model.mark, problem, _instead_of_twice(known, entry))
+
+
+def _instead_of_twice(first: Entry, again: Entry) -> str:
+    """Return what to write for a model that stands twice: other layers of it are another source."""
+    if first.layers == again.layers:
+        return "list it once, with the sum of the weights"
+    model, plus, adapters = again.model.text.partition("+")
+    if "@" in model:
+        return "give the layers to a document with a name, and list its result"
+    return (
+        f"for other layers of it write {model}@again{plus}{adapters}: of a local path, what "
+        "follows @ is ignored"
+    )
 
 
 def read_slices(scope: Scope, node: Node | None) -> tuple[Slice, ...]:

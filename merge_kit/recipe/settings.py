@@ -12,7 +12,7 @@ from merge_kit.methods.base import MergeMethod
 from merge_kit.methods.registry import every_parameter, parameters
 from merge_kit.methods.structures import Listed
 from merge_kit.recipe.findings import Findings
-from merge_kit.recipe.keys import DEAD_KEYS, DIALECT_PARAMETERS, SETTING_KEYS
+from merge_kit.recipe.keys import DEAD_KEYS, DIALECT_PARAMETERS, PROMPT_KEYS, SETTING_KEYS
 from merge_kit.recipe.lookup import EXPECTED, converted
 from merge_kit.recipe.nodes import Node
 from merge_kit.recipe.values import NO_PARAMETERS, Parameters, Rule, Scalar, Setting
@@ -88,6 +88,10 @@ def _unread(scope: Scope, name: str, node: Node) -> None:
     if name in known:
         instead = _INSTEAD.get((name, methods), "")
         scope.findings.note(node.key, f"{name} has no effect with {methods}{instead}")
+        return
+    if name in PROMPT_KEYS:
+        hint = f"write {name} beside model, not under parameters"
+        scope.findings.error(node.key, f"{name} is no parameter", hint)
         return
     hint = nearest(name, known)
     if not hint.startswith("did"):
