@@ -168,7 +168,7 @@ class Assembler:
         self.made.add(name)
         rule = self.rules.of(name)
         if rule is None:
-            return [self.item(group, name, self.parts(group, names), t)]
+            return self._whole(group, name, names, t)
         if rule.drop:
             return []
         if rule.copy is not None:
@@ -179,7 +179,12 @@ class Assembler:
             base, mark = group.base_ref, rule.mark
             own = self.group(rule.models, levels, base=base, add_base=True, method=method)
             own, names = replace(own, mark=mark), [name] * len(own.models)
-        return [self.item(own, name, self.parts(own, names), t)]
+        return self._whole(own, name, names, t)
+
+    def _whole(self, group: Group, name: str, names: Sequence[str], t: float) -> list[Item]:
+        """Return an item of all models; none where one lacks it, which is a problem by itself."""
+        parts = self.parts(group, names)
+        return [self.item(group, name, parts, t)] if len(parts) == len(names) else []
 
     def copy(self, name: str, model: Model, entry: Entry, note: str) -> Item:
         """Return an item that copies one model's tensor of this name."""

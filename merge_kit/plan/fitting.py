@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,6 +12,9 @@ from merge_kit.core.dtypes import DTYPES
 from merge_kit.errors import MergeKitError, MismatchError
 from merge_kit.plan.items import Item, Part
 from merge_kit.plan.side_by_side import config_of
+
+_ROUTER = re.compile(r"(^|\.)(gate|router|router\.layer|wg)\.(weight|bias)$")
+"""Tensors with a row for each expert."""
 
 _VOCABULARY = (
     "do the vocabularies differ? bring both to one vocabulary first, or take this tensor "
@@ -50,9 +54,12 @@ def _hint(
 ) -> str:
     known = embedding_for("lm_head.weight", {part.name: part.model.specs[part.name]})
     embeds = known is not None or "embed" in name
-    if "vocab_size" in keys or ((embeds or is_head(name)) and one[1:] == other[1:]):
+    routes = _ROUTER.search(name) is not None and one[1:] == other[1:]
+    if not routes and (
+        "vocab_size" in keys or ((embeds or is_head(name)) and one[1:] == other[1:])
+    ):
         return _VOCABULARY
-    if any("experts" in key for key in keys):
+    if routes or any("experts" in key for key in keys):
         return (
             "only mixtures of as many experts can be merged one by one: leave that model out, or "
             "make dense models of single experts (moe_to_dense) and merge those"

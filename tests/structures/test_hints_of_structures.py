@@ -127,3 +127,27 @@ def test_a_basis_of_nearly_the_name_of_a_file_is_told_it(folder):
     said = refused(text, folder)
     assert "did you mean 'turns.safetensors'?" in said
     assert "basis is svd, or the path of a safetensors file" in said
+
+
+def mixtral(folder, count, **more):
+    lead = "model.layers.0.block_sparse_moe"
+    tensors = {"model.embed_tokens.weight": torch.zeros(5, 4)}
+    tensors[f"{lead}.gate.weight"] = torch.zeros(count, 4)
+    for i in range(count):
+        tensors |= {f"{lead}.experts.{i}.w{w}.weight": torch.zeros(4, 4) for w in (1, 2, 3)}
+    write(folder, tensors, settings("mixtral", hidden_size=4, **more))
+
+
+@pytest.mark.parametrize("counted", [True, False])
+@pytest.mark.parametrize(("base", "model"), [(3, 4), (4, 3)])
+def test_what_a_mixture_lacks_is_the_only_thing_said_of_it(base, model, counted, tmp_path):
+    for count in (3, 4):
+        more = {"num_local_experts": count} if counted else {}
+        mixtral(tmp_path / f"m{count}", count, vocab_size=count, **more)
+    text = f"merge_method: ties\nbase_model: m{base}\nmodels: [{{model: m{model}}}]\n"
+    said = refused(text + "parameters: {weight: 1}\n", tmp_path)
+    assert "lacks 3 tensors" in said
+    assert "hint: only mixtures of as many experts can be merged one by one" in said
+    assert "needs a base_model" not in said
+    assert "found 0" not in said
+    assert "vocabular" not in said
