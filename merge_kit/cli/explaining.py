@@ -9,7 +9,7 @@ from merge_kit.cli.docstrings import Docstring, read_docstring
 from merge_kit.cli.text import paragraph_of, print_json, table
 from merge_kit.methods.base import Law, MergeMethod
 from merge_kit.methods.registry import Parameter, find, names, parameters
-from merge_kit.plan.describe import Row, labelled
+from merge_kit.plan.describe import Row, labelled, plural
 
 LAWS: dict[Law, str] = {
     "single": "one model with neutral parameters gives that model",
@@ -77,7 +77,7 @@ def _rows(method: type[MergeMethod], doc: Docstring) -> Iterator[Row]:
     for parameter in parameters(method):
         yield Row(parameter.name, f"{_kind(parameter)}. {doc.attributes.get(parameter.field, '')}")
     yield Row("base", _base(method))
-    yield Row("models", f"{_inputs(method)}{' besides the base' if method.takes_base else ''}")
+    yield Row("takes", f"{_inputs(method)}{' besides the base' if method.takes_base else ''}")
     yield Row("in memory", f"{method.grain} by {method.grain}")
     yield from labelled("laws", [_law(law, within) for law, within in method.laws.items()])
     for title, text in doc.sections.items():
@@ -112,5 +112,5 @@ def _base(method: type[MergeMethod]) -> str:
 def _inputs(method: type[MergeMethod]) -> str:
     least, most = method.min_inputs, method.max_inputs
     if most is None:
-        return f"{least} or more{' adapters' if method.makes == 'adapter' else ''}"
-    return str(least) if least == most else f"{least} to {most}"
+        return f"{least} or more {'adapters' if method.makes == 'adapter' else 'models'}"
+    return plural(most, "model") if least == most else f"{least} to {most} models"

@@ -47,10 +47,19 @@ def scale_note(scales: Sequence[Scales]) -> str:
     kinds: dict[str, list[str]] = {}
     for kind in scales[0]:
         factors = [of_layer[kind] for of_layer in scales]
-        low, high = min(factors), max(factors)
-        shown = f"{low:g}" if low == high else f"{low:g} to {high:g}"
+        shown = _course(factors)
         kinds.setdefault(shown, []).append(kind)
     return "".join(f", {_listed(names)} x {factor}" for factor, names in kinds.items())
+
+
+def _course(factors: Sequence[float]) -> str:
+    """Return how factors go from the first layer to the last: `1 to 0.5`, or over a turn."""
+    low, high, ends = min(factors), max(factors), (factors[0], factors[-1])
+    if low == high:
+        return f"{low:g}"
+    if {low, high} == set(ends):
+        return f"{ends[0]:g} to {ends[1]:g}"
+    return f"{low:g} to {high:g}"
 
 
 def _listed(names: Sequence[str]) -> str:

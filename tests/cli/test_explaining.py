@@ -25,7 +25,7 @@ def test_a_method_is_explained_with_formula_parameters_demands_laws_and_source(c
     assert "weight     float, each model may have its own, required. Weight of each task" in out
     assert "lambda     float, default 1.0. Factor on the summed task vector." in out
     assert "base       required" in out
-    assert "models     0 or more besides the base" in out
+    assert "takes      0 or more models besides the base" in out
     assert "copies of the base give the base, exactly" in out
     assert "source     Ilharco et al. 2023" in out
 
@@ -34,7 +34,7 @@ def test_a_method_that_makes_adapters_takes_adapters_and_no_base(capsys):
     assert main(["methods", "lora_svd"]) == 0
     out = capsys.readouterr().out
     assert "base         none\n" in out
-    assert "models       1 or more adapters\n" in out
+    assert "takes        1 or more adapters\n" in out
     assert main(["methods", "lora_svd", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["makes"] == "adapter"
 
@@ -76,3 +76,11 @@ def test_every_method_describes_itself_completely_in_80_columns(capsys, name):
     assert [p["name"] for p in page["parameters"]] == [p.name for p in parameters(find(name))]
     assert all(p["text"] for p in page["parameters"])
     assert set(page["laws"]) <= set(LAWS)
+
+
+def test_no_two_rows_of_an_explanation_have_one_label(capsys):
+    assert main(["methods", "sparse_upcycle"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    labels = [line.split("  ")[0] for line in lines if line[:1].isalpha() and "  " in line]
+    assert "takes" in labels
+    assert len(labels) == len(set(labels))

@@ -113,3 +113,14 @@ def test_the_card_has_the_map_of_every_stage(last, folder, tmp_path):
     (folder / "r.yaml").write_text(DEEP + last, encoding="utf-8")
     card = (merge(folder / "r.yaml", tmp_path / "out").output / "README.md").read_text()
     assert "`deep: model.layers 2-3 from input-1:a 1-2`" in card
+
+
+@pytest.mark.parametrize(
+    ("gradient", "shown"),
+    [("[1, 0.5]", "1 to 0.5"), ("[0.5, 1]", "0.5 to 1"), ("[1, 0.5, 1]", "0.5 to 1")],
+)
+def test_a_gradient_is_shown_from_the_first_layer_to_the_last(gradient, shown, folder):
+    scale = f"parameters: {{scale: {{filter: o_proj, value: {gradient}}}}}"
+    sources = f"  - sources: [{{model: a, layer_range: [0, 3], {scale}}}]\n"
+    text = f"merge_method: passthrough\nslices:\n{sources}"
+    assert lines(text, folder) == [f"model.layers 0-2 from input-1:a 0-2, o_proj x {shown}"]

@@ -19,6 +19,7 @@ from merge_kit.plan.building.upcycling_cast import Cast, Dense, cast_of
 from merge_kit.plan.building.upcycling_checks import check, distinct, mlp_shape
 from merge_kit.plan.building.upcycling_tensors import Weaver
 from merge_kit.plan.configs import result_parts
+from merge_kit.plan.describe import plural
 from merge_kit.plan.layer_origins import LayerOrigin
 from merge_kit.plan.models import Model, Part
 
@@ -126,7 +127,7 @@ def _notes(site: Site, cast: Cast) -> Iterator[str]:
     numbers = ", ".join(map(str, cast.layers))
     layers = f"layer{'s' * (len(cast.layers) > 1)} {numbers} of {cast.base.stack.count}"
     yield (
-        f"{count} experts in {layers if cast.dense_layers else 'every layer'} "
+        f"{plural(count, 'expert')} in {layers if cast.dense_layers else 'every layer'} "
         f"({layout.model_type}), of which a token passes {top_k}"
         + (" beside the shared one" if cast.shared is not None else "")
     )
