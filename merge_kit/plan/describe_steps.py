@@ -140,7 +140,17 @@ def _made(step: Step, own: str, labels: Mapping[str, str]) -> str:
         return ""
     if arguments(step.method)["scale"] not in ((), (None,)):
         return ""
-    return f"{own} of {', '.join(labels.get(model, model) for model in step.models)}{note}"
+    models = ", ".join(labels.get(model, model) for model in step.models)
+    return f"{own} of {models}{_changes(step.inputs[0])}{note}"
+
+
+def _changes(source: Source) -> str:
+    """Return what is added to a tensor of one model, and by what it is multiplied."""
+    if not isinstance(source, Sum):
+        return ""
+    (factor, first), *more = source.terms
+    noise = "".join(f" plus {_generated(term)}" for _, term in more if isinstance(term, Generated))
+    return f"{_changes(first)}{noise}" + (f", times {factor:g}" if factor != 1 else "")
 
 
 def _generated(source: Source) -> str:
@@ -184,8 +194,10 @@ def _call(method: MergeMethod) -> str:
     shown = [
         f"{name}={_value(value)}"
         for name, value in arguments(method).items()
-        if name != "weight" and value != ()
+        if name != "weight" and value not in ((), (None,))
     ]
+    if method.method_name == "passthrough" and not shown:
+        return "passthrough"
     return f"{method.method_name}({', '.join(shown)})"
 
 

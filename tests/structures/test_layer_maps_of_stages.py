@@ -10,7 +10,7 @@ import torch
 
 from merge_kit.api import merge
 from merge_kit.plan.describe_json import plan_json
-from merge_kit.plan.describe_steps import layer_lines
+from merge_kit.plan.describe_steps import layer_lines, rule_lines
 from tests.toys import plan
 
 DEEP = """\
@@ -124,3 +124,16 @@ def test_a_gradient_is_shown_from_the_first_layer_to_the_last(gradient, shown, f
     sources = f"  - sources: [{{model: a, layer_range: [0, 3], {scale}}}]\n"
     text = f"merge_method: passthrough\nslices:\n{sources}"
     assert lines(text, folder) == [f"model.layers 0-2 from input-1:a 0-2, o_proj x {shown}"]
+
+
+def test_rules_tell_the_noise_and_the_factor_of_an_expert(folder):
+    text = "merge_method: sparse_upcycle\nbase_model: a\n"
+    text += "parameters: {num_experts: 2, noise_scale: 0.25, residual_scale: 0.5}\n"
+    found = dict(line.split(": ", 1) for line in rule_lines(plan(text, folder)))
+    experts = {key: said for key, said in found.items() if ".experts." in key}
+    noise = "sparse_upcycle of input-1:a plus normal numbers times 0.25"
+    assert set(experts.values()) == {noise, f"{noise}, times 0.5"}
+    halved = [key for key, said in experts.items() if said.endswith(", times 0.5")]
+    assert len(halved) == 6
+    assert all("w2" in key or "down_proj" in key for key in halved)
+    assert not any("scale=)" in said for said in found.values())
