@@ -97,7 +97,8 @@ def _follows(before: LayerOrigin, after: LayerOrigin) -> bool:
         before.layer + 1,
         expected,
     )
-    return next_to_it and after.method == before.method
+    alike = (after.method, after.labels) == (before.method, before.labels)
+    return next_to_it and alike
 
 
 def _layer_line(
@@ -105,7 +106,9 @@ def _layer_line(
 ) -> str:
     first, last = run[0], run[-1]
     pairs = zip(first.sources, last.sources, strict=True)
-    sources = [f"{labels.get(key, key)} {_span(start, stop)}" for (key, start), (_, stop) in pairs]
+    named = first.labels or [labels.get(key, key) for key, _ in first.sources]
+    spans = [_span(start, stop) for (_, start), (_, stop) in pairs]
+    sources = [f"{name} {span}" for name, span in zip(named, spans, strict=True)]
     by = f"{first.method} of " if first.method else ""
     span = f"{first.stack} {_span(first.layer, last.layer)}"
     return f"{span} from {by}{', '.join(sources)}{scale_note(scales)}"

@@ -11,12 +11,14 @@ class LayerOrigin:
 
     Attributes:
         method: What merges the sources, "" where the layer is taken as it is.
+        labels: What each source is called, where adapters are applied to one; else empty.
     """
 
     stack: str
     layer: int
     sources: tuple[tuple[str, int], ...]
     method: str = ""
+    labels: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

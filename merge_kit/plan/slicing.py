@@ -85,7 +85,8 @@ class Slicer:
     def _origin(self, group: Group, out: int, at: Taken) -> LayerOrigin:
         sources = tuple((model.key, layer) for model, layer in at)
         method = "" if group.method == "passthrough" else group.method
-        return LayerOrigin(self.stack.prefix, out, sources, method)
+        labels = labels_of([model for model, _ in at])
+        return LayerOrigin(self.stack.prefix, out, sources, method, labels)
 
     def _layer(
         self, group: Group, out: int, at: Taken, t: float, *, extras: bool = False
@@ -191,6 +192,12 @@ class Slicer:
             named = next((s for s in model.stacks if s.prefix == self.stack.prefix), None)
             return named or model.described
         return same_place(self.stack, model.stacks)
+
+
+def labels_of(models: Sequence[Model]) -> tuple[str, ...]:
+    """Return what the map of layers calls models, where adapters are applied to one of them."""
+    changed = any(model.overlay is not None for model in models)
+    return tuple(model.label for model in models) if changed else ()
 
 
 def _is_absent(model: Model, stack: Stack, layer: int) -> bool:

@@ -22,6 +22,7 @@ from merge_kit.plan.configs import result_parts
 from merge_kit.plan.describe import plural
 from merge_kit.plan.layer_origins import LayerOrigin
 from merge_kit.plan.models import Model, Part
+from merge_kit.plan.slicing import labels_of
 
 
 def build(site: Site, method: StructureMethod) -> Built:
@@ -87,11 +88,12 @@ def _sparse(part: Part, cast: Cast, width: int) -> Part:
 
 
 def _origins(cast: Cast) -> Iterator[LayerOrigin]:
-    experts = list(dict.fromkeys(expert.dense.model.key for expert in cast.experts))
-    base = cast.base.model.key
+    base, experts = cast.base.model, [expert.dense.model for expert in cast.experts]
     for layer in range(cast.base.stack.count):
-        keys = dict.fromkeys([base, *experts] if layer in cast.layers else [base])
-        yield LayerOrigin(cast.base.stack.prefix, layer, tuple((key, layer) for key in keys))
+        models = list(dict.fromkeys([base, *experts] if layer in cast.layers else [base]))
+        sources = tuple((model.key, layer) for model in models)
+        prefix, labels = cast.base.stack.prefix, labels_of(models)
+        yield LayerOrigin(prefix, layer, sources, labels=labels)
 
 
 def _left_out(cast: Cast) -> Iterator[tuple[tuple[Model, str], str]]:
