@@ -12,7 +12,7 @@ from merge_kit.plan.walk import merged_sources, operands, parts
 RANDOM_BYTES = 7_000_000
 """What drawing random numbers adds."""
 
-WIDE_BYTES = 3_000_000
+WIDE_BYTES = 5_000_000
 """What arithmetic in float64 adds, that of statistics included."""
 
 
