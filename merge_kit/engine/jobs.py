@@ -247,10 +247,14 @@ class CopyJob(OutputJob):
             stop - start,
             through,
         )
-        found = []
-        for at in range(start, stop, step):
-            _, memory = work.bytes("out", min(step, stop - at))
-            run.reader.read_into(path, source.span.start + at, memory)
-            found.append(digests(memory, dtype))
-        self.digests[0, index] = b"".join(found)
+        known = run.repeats.known(source, index)
+        if known is None:
+            found = []
+            for at in range(start, stop, step):
+                _, memory = work.bytes("out", min(step, stop - at))
+                run.reader.read_into(path, source.span.start + at, memory)
+                found.append(digests(memory, dtype))
+            known = b"".join(found)
+            run.repeats.add(source, index, known)
+        self.digests[0, index] = known
         run.tally.moved(stop - start, target.key)

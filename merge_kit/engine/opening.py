@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from merge_kit.engine.copies import Repeats
 from merge_kit.engine.journal import Journal
 from merge_kit.engine.state import Room, RunState, Tally
 from merge_kit.engine.threads import one_torch_thread
@@ -35,7 +36,10 @@ def opened(
         one_torch_thread(),
         _open_files(len(files) + len(plan.shards)),
     ):
-        yield RunState(plan, folder, reader, writer, lines, tally, allow_nonfinite, room)
+        repeats = Repeats(plan.steps)
+        yield RunState(
+            plan, folder, reader, writer, lines, tally, allow_nonfinite, room, repeats=repeats
+        )
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from merge_kit.core.hashing import digests
 from merge_kit.core.tensors import BLOCK, nbytes
+from merge_kit.engine.copies import Repeats
 from merge_kit.engine.journal import Journal
 from merge_kit.engine.kernel import NotFinite
 from merge_kit.engine.progress import Progress
@@ -75,6 +76,7 @@ class RunState:
 
     Attributes:
         found: What was found before the run, by the artefact's key.
+        repeats: What is known of bytes that are copied to several places.
     """
 
     plan: Plan
@@ -86,6 +88,7 @@ class RunState:
     allow_nonfinite: bool
     heavy: Room
     found: dict[str, Mapping[str, Tensor]] = field(default_factory=dict)
+    repeats: Repeats = field(default_factory=Repeats)
 
     def path(self, target: Target) -> Path:
         """Return the file that holds an output tensor."""
