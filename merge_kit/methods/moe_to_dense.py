@@ -22,10 +22,10 @@ class MoeToDense(StructureMethod):
     all other tensors = those of the model, without router and other experts
 
     Layers that are dense already keep their MLP; its width must be that of the experts. The mean is
-    computed in float64 and rounded once, so that the mean of copies is the copy. It weighs no
-    expert by how often the router chose it: that depends on data. It suits experts that
-    began as copies of one model; those that began apart have no common order of hidden units, and
-    a single one says more.
+    computed in float64 and rounded once, so that the mean of copies is the copy (in float64 files
+    but for the rounding of sums). It weighs no expert by how often the router chose it: that
+    depends on data. It suits experts that began as copies of one model; those that began apart
+    have no common order of hidden units, and a single one says more.
 
     Attributes:
         experts: Which expert (`3`, counted from 0), or the experts whose mean is taken (`[0, 2]`),

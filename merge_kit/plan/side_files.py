@@ -85,8 +85,8 @@ def _check_vocabularies(
         differ = "differ" if same is False else "may differ"
         if stage.tokenizer is None:
             findings.note(
-                f"the vocabularies of {lender.label} and {model.label} {differ}; rows are merged "
-                f"by index, and the tokenizer of {lender.label} is taken"
+                f"the vocabularies of {lender.label} and {model.label} {differ}; where their rows "
+                f"are merged it is by index, and the tokenizer of {lender.label} is taken"
             )
         else:
             findings.problem(
