@@ -34,7 +34,7 @@ def transformers_of(label: str, what: str) -> Iterator[Any]:
                 yield transformers
     except ImportError as exc:
         problem = f"transformers cannot {what}: {_first_line(exc)}"
-        hint = 'pip install "merge_kit[routers]"'
+        hint = 'pip install "transformers>=5" sentencepiece protobuf'
         raise CheckpointError(problem, where=label, hint=hint) from exc
     except (MergeKitError, MemoryError):
         raise

@@ -116,7 +116,7 @@ def test_what_is_not_installed_is_named(router, base, monkeypatch):
     monkeypatch.setattr(routers_found, "find_spec", lambda name: None)
     error = planned_problem(base, router)
     assert "transformers" in error.problem
-    assert error.hint == 'pip install "merge_kit[routers]"'
+    assert error.hint == 'pip install "transformers>=5" sentencepiece protobuf'
 
 
 def test_an_old_library_is_refused(base, monkeypatch):

@@ -29,7 +29,7 @@ from merge_kit.plan.side_files import lends_files
 from merge_kit.plan.sources import Found, Source
 from merge_kit.plan.values import Artefact
 
-_INSTALL = 'pip install "merge_kit[routers]"'
+_INSTALL = 'pip install "transformers>=5" sentencepiece protobuf'
 _OLD = ("0", "1", "2", "3", "4")
 """Versions of transformers whose models are called in another way."""
 
