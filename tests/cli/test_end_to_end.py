@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import signal
 import struct
 import subprocess
 import sys
+import termios
+import time
 from pathlib import Path
 
 import pytest
@@ -166,8 +169,21 @@ def started(tmp_path):
         text=True,
     ) as process:
         process.stdout.readline()
+        wait_until_full(process.stdout)
         yield process
         process.kill()
+
+
+def wait_until_full(pipe) -> None:
+    """Wait until a pipe that nobody reads takes no more: who writes to it then stands still."""
+    held = -1
+    while (now := waiting_bytes(pipe)) != held or not now:
+        held = now
+        time.sleep(0.3)
+
+
+def waiting_bytes(pipe) -> int:
+    return int.from_bytes(fcntl.ioctl(pipe, termios.FIONREAD, bytes(4)), sys.byteorder)
 
 
 def test_a_signal_ends_a_run_which_then_goes_on_where_it_was(
