@@ -93,9 +93,9 @@ def chain(count, *feeds):
 
 
 def test_a_hundred_stages_are_planned_soon_and_their_bill_is_a_sum(bench):
-    begun = time.monotonic()
+    begun = time.process_time()  # whatever else the machine does
     plan = toys.plan(chain(100, 1), bench.folder, threads=1)
-    assert time.monotonic() - begun < 60  # not without end
+    assert time.process_time() - begun < 60  # not without end
     (short,) = {step.peak_bytes for step in toys.plan(chain(1, 1), bench.folder).steps}
     assert {step.peak_bytes for step in plan.steps} == {100 * short}
 
