@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
     from merge_kit.engine.operands import Artefacts
 
-Emit = Callable[[int, "Tensor"], None]
 Run = Callable[..., None]
 """Computes steps: (steps, files, what takes each result)."""
 

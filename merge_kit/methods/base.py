@@ -139,6 +139,8 @@ class MergeMethod:
         laws: Claims and their relative tolerance, 0.0 for bit equality.
         checks_inputs: Whether NaN and infinity can vanish in the arithmetic, and so are looked for
             before it; in whole tensors they always are.
+        by_name: Whether numbers may depend on the tensor's name, as masks and the order of equals
+            do; so it is unless a method says otherwise.
         makes: "model"; "adapter": see `methods.updates`; or "structure": see `methods.structures`.
         error_factor: Factor on the measure 2^-22 * sum |w_i x_i| of rounding.
     """
@@ -153,6 +155,7 @@ class MergeMethod:
     statistics_of: ClassVar[Literal["", "elements", "inputs"]] = ""
     laws: ClassVar[Mapping[Law, float]] = {}
     checks_inputs: ClassVar[bool] = False
+    by_name: ClassVar[bool] = True
     makes: ClassVar[Literal["model", "adapter", "structure"]] = "model"
     error_factor: ClassVar[float] = 1.0
     method_name: ClassVar[str] = ""

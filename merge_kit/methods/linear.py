@@ -32,6 +32,7 @@ class Linear(MergeMethod):
     Source: Wortsman et al. 2022, Model soups, https://arxiv.org/abs/2203.05482
     """
 
+    by_name: ClassVar[bool] = False
     laws: ClassVar[Mapping[Law, float]] = {
         "single": 0.0,
         "copies": 2.0**-22,

@@ -49,6 +49,7 @@ class ModelStock(MergeMethod):
     operates_on: ClassVar = "deltas"
     min_inputs: ClassVar[int] = 2
     error_factor: ClassVar[float] = 2.0  # the subtraction rounds, and the factor does
+    by_name: ClassVar[bool] = False
     laws: ClassVar[Mapping[Law, float]] = {
         "copies": 0.0,
         "copies_of_base": 0.0,

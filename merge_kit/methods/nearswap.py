@@ -41,6 +41,7 @@ class NearSwap(MergeMethod):
     max_inputs: ClassVar[int | None] = 1
     checks_inputs: ClassVar[bool] = True  # an infinite difference is cut to t
     error_factor: ClassVar[float] = 2.0  # the subtraction rounds too
+    by_name: ClassVar[bool] = False
     laws: ClassVar[Mapping[Law, float]] = {
         "copies": 0.0,
         "copies_of_base": 0.0,

@@ -58,6 +58,7 @@ class NuSlerp(MergeMethod):
     min_inputs: ClassVar[int] = 2
     max_inputs: ClassVar[int | None] = 2
     error_factor: ClassVar[float] = 2.0  # the subtraction rounds, and the factors do
+    by_name: ClassVar[bool] = False
     laws: ClassVar[Mapping[Law, float]] = {
         "copies": 2.0**-22,
         "copies_of_base": 0.0,

@@ -31,6 +31,7 @@ class Passthrough(MergeMethod):
     """
 
     max_inputs: ClassVar[int | None] = 1
+    by_name: ClassVar[bool] = False
     laws: ClassVar[Mapping[Law, float]] = {"single": 0.0, "permute_rows": 0.0}
 
     scale: PerModel[float | None] = per_model(None)

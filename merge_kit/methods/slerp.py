@@ -46,6 +46,7 @@ class Slerp(MergeMethod):
     takes_base: ClassVar[bool] = True
     max_inputs: ClassVar[int | None] = 1
     error_factor: ClassVar[float] = 2.0  # the angle is rounded before its sine is taken
+    by_name: ClassVar[bool] = False
     laws: ClassVar[Mapping[Law, float]] = {"copies": 2.0**-22, "copies_of_base": 2.0**-22}
 
     t: float

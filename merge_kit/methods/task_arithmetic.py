@@ -40,6 +40,7 @@ class TaskArithmetic(MergeMethod):
     operates_on: ClassVar = "deltas"
     min_inputs: ClassVar[int] = 0
     error_factor: ClassVar[float] = 2.0  # the subtraction rounds too
+    by_name: ClassVar[bool] = False
     laws: ClassVar[Mapping[Law, float]] = {
         "single": 2.0**-23,
         "copies_of_base": 0.0,

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from merge_kit.plan.models import Model
-from merge_kit.recipe.values import Entry, Mark, ModelRef, Parameters, TensorRule
+from merge_kit.recipe.values import Entry, Mark, ModelRef, Parameters
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +94,3 @@ def copied(item: Item, model: Model, name: str, entry: Entry, note: str) -> Item
     """Return an item as a copy of one model's tensor."""
     part = Part(entry, model, name, is_base=True)
     return replace(item, parts=(part,), action="copy", note=note)
-
-
-Rules = Sequence[TensorRule]
-Items = Mapping[str, Item]

@@ -11,18 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from merge_kit.methods.linear import Linear
-from merge_kit.methods.model_stock import ModelStock
-from merge_kit.methods.nearswap import NearSwap
-from merge_kit.methods.nuslerp import NuSlerp
-from merge_kit.methods.passthrough import Passthrough
-from merge_kit.methods.slerp import Slerp
-from merge_kit.methods.task_arithmetic import TaskArithmetic
 from merge_kit.plan.sources import SOURCES, Chosen, Merged, Source, Stored, View
 from merge_kit.plan.values import Step
-
-_NAMELESS = (Linear, ModelStock, NearSwap, NuSlerp, Passthrough, Slerp, TaskArithmetic)
-"""Methods whose numbers do not go by a tensor's name, as masks and the order of equals do."""
 
 _OWN = frozenset({"outputs", "base", "inputs", "aux", "note"})
 """What steps that do alike may differ in."""
@@ -129,7 +119,7 @@ def _aux(step: Step) -> tuple[Source, ...]:
 def _alike(steps: Sequence[Step]) -> bool:
     """Return whether steps do the same to operands of the same shapes and dtypes."""
     first = steps[0]
-    if type(first.method) not in _NAMELESS or first.agree:
+    if first.method is None or first.method.by_name or first.agree:
         return False
     if len(first.outputs) > 1 or first.shape is not None:
         return False
